@@ -1,0 +1,2 @@
+//! argv to sub-command to exit code.
+fn main() {}

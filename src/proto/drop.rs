@@ -1,0 +1,211 @@
+//! Why a packet ended: one closed enum, one counter and one metric label per variant; the same word in logs, status and docs.
+
+/// Why a packet was not delivered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum DropReason {
+    /// Not a well-formed IP packet, or its transport header is cut off.
+    Malformed,
+    /// Link-scope, multicast, loopback or unspecified address on `tenc0`.
+    LinkScope,
+    /// A captured packet that bears our own tunnel port: it would be sealed for ever.
+    Loop,
+    /// The destination is protected, but no workload of the directory answers to it.
+    UnknownDestination,
+    /// The Service has no such port, or the directory does not know the VIP.
+    ServiceUnknown,
+    /// The Service has no ready workload endpoint.
+    NoEndpoint,
+    /// The peer did not answer the handshake in time.
+    PeerSilent,
+    /// The peer left the directory.
+    PeerGone,
+    /// A bounded queue for staged or held packets was full.
+    QueueFull,
+    /// A held packet waited for the directory or a session longer than it may.
+    HeldTooLong,
+    /// The flow table is full.
+    FlowTableFull,
+    /// A fragment whose first fragment was never seen.
+    FragmentUnmatched,
+    /// A sealed packet would not fit the path.
+    TooBig,
+    /// A datagram that is no message of the protocol.
+    NotWireguard,
+    /// MAC1 of a handshake message is wrong: another key domain, or noise.
+    BadMac1,
+    /// Handshake message that does not decrypt, or a static key that is not its sender's.
+    HandshakeInvalid,
+    /// Handshake from a static key that the directory does not know (the newest are kept for a while).
+    PeerUnknown,
+    /// A handshake time stamp not newer than the last one.
+    HandshakeReplay,
+    /// A handshake time stamp too far in the future.
+    ClockSkew,
+    /// Handshakes faster than a peer may send them.
+    HandshakeFlood,
+    /// No session has this receiver index.
+    IndexUnknown,
+    /// Session older than its hard limit, or its message counter used up.
+    SessionExpired,
+    /// Authentication of a data message failed.
+    BadTag,
+    /// A counter that was used already or fell out of the window.
+    Replay,
+    /// The outer source is not the peer's own address.
+    OuterSource,
+    /// The inner source is neither the peer's address nor a VIP flow pinned to it.
+    NotOwner,
+    /// The inner destination is neither our address nor a VIP we are an endpoint of.
+    NotForUs,
+    /// The DNS message is not well-formed, or belongs to no query.
+    DnsMalformed,
+    /// An answer to a question in the zone that cannot be parsed completely.
+    DnsUnparsed,
+    /// More DNS queries in flight than the agent keeps.
+    DnsOverload,
+    /// Nobody answered a forwarded DNS query.
+    DnsTimeout,
+    /// Guard: a packet to a protected address tried to leave outside the tunnel.
+    GuardOutbound,
+    /// Guard: a packet from a protected address came outside the tunnel.
+    GuardInbound,
+    /// The kernel refused the datagram or the injected packet.
+    KernelRefused,
+}
+
+impl DropReason {
+    /// Every variant, in declaration order.
+    pub const ALL: [Self; 34] = [
+        Self::Malformed,
+        Self::LinkScope,
+        Self::Loop,
+        Self::UnknownDestination,
+        Self::ServiceUnknown,
+        Self::NoEndpoint,
+        Self::PeerSilent,
+        Self::PeerGone,
+        Self::QueueFull,
+        Self::HeldTooLong,
+        Self::FlowTableFull,
+        Self::FragmentUnmatched,
+        Self::TooBig,
+        Self::NotWireguard,
+        Self::BadMac1,
+        Self::HandshakeInvalid,
+        Self::PeerUnknown,
+        Self::HandshakeReplay,
+        Self::ClockSkew,
+        Self::HandshakeFlood,
+        Self::IndexUnknown,
+        Self::SessionExpired,
+        Self::BadTag,
+        Self::Replay,
+        Self::OuterSource,
+        Self::NotOwner,
+        Self::NotForUs,
+        Self::DnsMalformed,
+        Self::DnsUnparsed,
+        Self::DnsOverload,
+        Self::DnsTimeout,
+        Self::GuardOutbound,
+        Self::GuardInbound,
+        Self::KernelRefused,
+    ];
+
+    /// The word used in logs, status, metrics and docs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::LinkScope => "link_scope",
+            Self::Loop => "loop",
+            Self::UnknownDestination => "unknown_destination",
+            Self::ServiceUnknown => "service_unknown",
+            Self::NoEndpoint => "no_endpoint",
+            Self::PeerSilent => "peer_silent",
+            Self::PeerGone => "peer_gone",
+            Self::QueueFull => "queue_full",
+            Self::HeldTooLong => "held_too_long",
+            Self::FlowTableFull => "flow_table_full",
+            Self::FragmentUnmatched => "fragment_unmatched",
+            Self::TooBig => "too_big",
+            Self::NotWireguard => "not_wireguard",
+            Self::BadMac1 => "bad_mac1",
+            Self::HandshakeInvalid => "handshake_invalid",
+            Self::PeerUnknown => "peer_unknown",
+            Self::HandshakeReplay => "handshake_replay",
+            Self::ClockSkew => "clock_skew",
+            Self::HandshakeFlood => "handshake_flood",
+            Self::IndexUnknown => "index_unknown",
+            Self::SessionExpired => "session_expired",
+            Self::BadTag => "bad_tag",
+            Self::Replay => "replay",
+            Self::OuterSource => "outer_source",
+            Self::NotOwner => "not_owner",
+            Self::NotForUs => "not_for_us",
+            Self::DnsMalformed => "dns_malformed",
+            Self::DnsUnparsed => "dns_unparsed",
+            Self::DnsOverload => "dns_overload",
+            Self::DnsTimeout => "dns_timeout",
+            Self::GuardOutbound => "guard_outbound",
+            Self::GuardInbound => "guard_inbound",
+            Self::KernelRefused => "kernel_refused",
+        }
+    }
+}
+
+/// One count per way a packet can end.
+#[derive(Clone, Debug)]
+pub struct Counters {
+    /// Packets sealed and handed to the network.
+    pub sealed: u64,
+    /// Packets opened and handed to the pod's stack.
+    pub opened: u64,
+    /// DNS queries forwarded, UDP and TCP.
+    pub dns_forwarded: u64,
+    drops: [u64; DropReason::ALL.len()],
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self { sealed: 0, opened: 0, dns_forwarded: 0, drops: [0; DropReason::ALL.len()] }
+    }
+}
+
+impl Counters {
+    /// Counts `n` packets dropped for `reason`.
+    pub fn drop_many(&mut self, reason: DropReason, n: u64) {
+        self.drops[reason as usize] += n;
+    }
+
+    /// Counts one packet dropped for `reason`.
+    pub fn drop_one(&mut self, reason: DropReason) {
+        self.drop_many(reason, 1);
+    }
+
+    /// Packets dropped for `reason` so far.
+    #[must_use]
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize]
+    }
+
+    /// Every reason with a non-zero count.
+    pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
+        DropReason::ALL.into_iter().map(|r| (r, self.dropped(r))).filter(|(_, n)| *n > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_own_word_and_slot() {
+        for (i, reason) in DropReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, i);
+        }
+        let words: std::collections::BTreeSet<_> = DropReason::ALL.iter().map(|r| r.as_str()).collect();
+        assert_eq!(words.len(), DropReason::ALL.len());
+    }
+}

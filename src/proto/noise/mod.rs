@@ -1,0 +1,5 @@
+//! WireGuard's handshake and transport, byte for byte.
+
+mod keys;
+
+pub use keys::{PresharedKey, PublicKey, StaticSecret};
