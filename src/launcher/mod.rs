@@ -1,1 +1,4 @@
 //! launcher.
+
+pub mod dns_helper;
+pub mod guard;
