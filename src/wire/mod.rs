@@ -2,4 +2,5 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod dns;
 pub mod vnet;
