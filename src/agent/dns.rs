@@ -168,6 +168,10 @@ impl Streams {
         }
     }
 
+    pub(super) fn contains(&self, id: StreamId) -> bool {
+        self.streams.contains_key(&id)
+    }
+
     /// Closes connections that were idle too long.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         self.streams.retain(|_, stream| stream.idle_at > now);

@@ -78,6 +78,8 @@ pub struct Config {
     pub options: noise::Options,
     /// Merge received packets into super-packets (needs a TUN that takes them).
     pub coalesce: bool,
+    /// Merge datagrams too (Linux 6.2 and later take such trains).
+    pub coalesce_udp: bool,
     /// False only in the test build that shows what the DNS gate is for.
     pub dns_gate: bool,
 }
@@ -139,6 +141,8 @@ impl Engine {
         let mut balance_seed = [0; 16];
         rng.fill_bytes(&mut balance_seed);
         let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
+        let mut coalescer = Coalescer::new();
+        coalescer.merge_udp(config.coalesce_udp);
         let transport =
             Transport::new(config.identities, config.options, ChaCha20Rng::from_rng(&mut rng));
         Self {
@@ -156,7 +160,7 @@ impl Engine {
             held: Held::new(),
             transmits: Transmits::default(),
             control: None,
-            coalescer: Coalescer::new(),
+            coalescer,
             coalesce: config.coalesce,
             next_train: 0,
             owned: VecDeque::new(),
@@ -222,8 +226,9 @@ impl Engine {
     pub fn handle_dns_refused(&mut self, query: QueryId) {
         let Some((client, resolver, bytes)) = self.dns.handle_refused(query) else { return };
         let mut quoted = Vec::new();
-        udp_packet(client, resolver, &bytes, &mut quoted);
-        self.answer_with(IcmpError::PortUnreachable, &quoted);
+        if udp_packet(client, resolver, &bytes, &mut quoted) {
+            self.answer_with(IcmpError::PortUnreachable, &quoted);
+        }
     }
 
     /// A message came from the resolver on a TCP connection. `false`: the connection has to be closed.
@@ -288,15 +293,17 @@ impl Engine {
 
     /// The next packet for the pod's stack.
     pub fn poll_inject(&mut self) -> Option<Inject<'_>> {
-        if self.next_train < self.coalescer.len() {
-            let train = self.coalescer.train(self.next_train);
+        if let Some(train) = self.coalescer.trains().nth(self.next_train) {
             self.next_train += 1;
             return Some(Inject { vnet: train.vnet, buffer: &self.receive, parts: train.parts });
         }
         while let Some((client, resolver, answer)) = self.dns.released_udp(&self.routing) {
             let mut packet = Vec::new();
-            udp_packet(resolver, client, &answer, &mut packet);
-            self.owned.push_back((VnetHeader::PLAIN, packet));
+            if udp_packet(resolver, client, &answer, &mut packet) {
+                self.owned.push_back((VnetHeader::PLAIN, packet));
+            } else {
+                self.counters.drop_one(DropReason::TooBig);
+            }
         }
         let (vnet, packet) = self.owned.pop_front()?;
         self.owned_now = (packet, [0..0]);
@@ -345,6 +352,11 @@ impl Engine {
     /// The kernel refused what was polled.
     pub fn count_refused(&mut self, packets: u64) {
         self.counters.drop_many(DropReason::KernelRefused, packets);
+    }
+
+    /// A TCP connection to a resolver was taken.
+    pub fn count_stream(&mut self) {
+        self.counters.dns_forwarded += 1;
     }
 
     fn count(&mut self, outcome: Result<(), DropReason>) {

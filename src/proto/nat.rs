@@ -18,6 +18,7 @@ use foldhash::quality::FixedState;
 
 use super::Now;
 use super::drop::DropReason;
+use crate::wire::packet::{TCP_FIN, TCP_RST};
 
 /// Most flows per agent; about 128 bytes each.
 pub const MAX_FLOWS: usize = 65_536;
@@ -31,9 +32,6 @@ const TCP_UNREPLIED: Duration = Duration::from_secs(120);
 const TCP_OPEN: Duration = Duration::from_secs(24 * 3600);
 const TCP_CLOSED: Duration = Duration::from_secs(60);
 const TCP_RESET: Duration = Duration::from_secs(10);
-
-const FIN: u8 = 0x01;
-const RST: u8 = 0x04;
 
 /// A flow as the pod's stack sees it. Ports are 0 for protocols without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -117,10 +115,10 @@ impl Flow {
             Direction::Inbound => (SEEN_IN, FIN_IN),
         };
         self.seen |= seen;
-        if tcp_flags & FIN != 0 {
+        if tcp_flags & TCP_FIN != 0 {
             self.seen |= fin;
         }
-        if tcp_flags & RST != 0 {
+        if tcp_flags & TCP_RST != 0 {
             self.seen |= RESET;
         }
     }
@@ -356,10 +354,10 @@ mod tests {
         let mut flows = Flows::new(1);
         let flow = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap();
         let tuple = flow.tuple;
-        flow.touch(Direction::Inbound, FIN, now(1));
+        flow.touch(Direction::Inbound, TCP_FIN, now(1));
         flow.touch(Direction::Outbound, 0, now(1));
         flows.sweep(now(7200));
-        flows.get(&tuple).unwrap().touch(Direction::Outbound, FIN, now(7200));
+        flows.get(&tuple).unwrap().touch(Direction::Outbound, TCP_FIN, now(7200));
         flows.sweep(now(7261));
         assert!(flows.get(&tuple).is_none() && flows.get_by_wire(&wire((VIP, 80), 4000)).is_none());
     }

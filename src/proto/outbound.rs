@@ -19,15 +19,13 @@ use super::mtu::{self, RECORD_HEADER, RECORD_TAG};
 use super::nat::{Direction, Kind, Tuple};
 use super::{Captured, Engine, Now, balance, is_unicast};
 use crate::wire::icmp::IcmpError;
-use crate::wire::packet::{Packet, protocol};
+use crate::wire::packet::{Packet, TCP_ACK, TCP_SYN, protocol};
 use crate::wire::rewrite::{self, Rewrite};
 use crate::wire::segment;
 use crate::wire::tcp_reset::tcp_reset;
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
 const DNS_PORT: u16 = 53;
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
 
 /// Where a captured packet goes.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +64,19 @@ impl Engine {
         outcome.unwrap_or_else(|reason| {
             self.counters.drop_one(reason);
             Captured::Done
+        })
+    }
+
+    /// Whether the `len` bytes in the capture buffer, which came from the helper namespace, are what a resolver's TCP
+    /// would say to this pod.
+    #[must_use]
+    pub fn is_helper_packet(&self, len: usize) -> bool {
+        let bytes = self.capture.get(VNET_HEADER_LEN..len);
+        bytes.and_then(|bytes| Some((bytes, Packet::parse(bytes)?))).is_some_and(|(bytes, packet)| {
+            packet.protocol == protocol::TCP
+                && packet.ports(bytes).is_some_and(|(source, _)| source == DNS_PORT)
+                && self.dns.is_resolver(packet.source)
+                && self.own.contains(&packet.destination)
         })
     }
 
@@ -174,7 +185,7 @@ impl Engine {
     }
 
     fn route_flow(&mut self, tuple: &Tuple, flags: u8, now: Now) -> Result<Route, DropReason> {
-        let opens = flags & (SYN | ACK) == SYN;
+        let opens = flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
         if let Some(flow) = self.flows.get(tuple) {
             let stale = !self.peers.contains(flow.peer) && !self.own.contains(&flow.peer);
             if !stale {
@@ -254,7 +265,7 @@ impl Engine {
             Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => usize::from(vnet.header_len) + usize::from(size),
         };
         if largest > limit as usize {
-            self.answer_with(IcmpError::TooBig(limit), bytes);
+            self.answer_with(IcmpError::TooBig(u16::try_from(limit).unwrap_or(u16::MAX)), bytes);
             return Err(DropReason::TooBig);
         }
         let mut packet = *packet;

@@ -142,11 +142,20 @@ impl Peers {
             counters.drop_many(DropReason::PeerGone, split.count as u64);
             return;
         };
-        let outer = SocketAddr::new(to, self.port);
-        if seal(&mut self.transport, id, &mut transmits.arena[start..], &split, now) {
-            counters.sealed += split.count as u64;
+        if let Some(mut sealer) = self.transport.seal(id, now) {
             let end = start + len(&split);
-            transmits.push(outer, start..end, split.record_len);
+            let mut records = transmits.arena[start..end].chunks_mut(split.record_len);
+            match records.try_for_each(|record| sealer.seal(record)) {
+                Ok(()) => {
+                    counters.sealed += split.count as u64;
+                    transmits.push(sealer.endpoint(), start..end, split.record_len);
+                }
+                // Part of the burst may have taken counters: none of it is used again.
+                Err(reason) => {
+                    transmits.arena.truncate(start);
+                    counters.drop_many(reason, split.count as u64);
+                }
+            }
             return;
         }
         self.transport.begin(id, now);
@@ -206,9 +215,4 @@ impl Peers {
 /// Length of all records of a split, in bytes.
 fn len(split: &Split) -> usize {
     split.record_len * (split.count - 1) + split.last_len
-}
-
-fn seal(transport: &mut Transport, id: PeerId, records: &mut [u8], split: &Split, now: Now) -> bool {
-    let Some(mut sealer) = transport.seal(id, now) else { return false };
-    records[..len(split)].chunks_mut(split.record_len).all(|record| sealer.seal(record).is_some())
 }
