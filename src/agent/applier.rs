@@ -60,7 +60,12 @@ impl Applier {
                 }
             }
         });
-        Ok(Self { batches: Some(batches), applied, event, thread: Some(thread.context("start the control thread")?) })
+        Ok(Self {
+            batches: Some(batches),
+            applied,
+            event,
+            thread: Some(thread.context("start the control thread")?),
+        })
     }
 
     /// Hands over a batch.

@@ -64,7 +64,8 @@ impl Queries {
         let fd = dns_socket(forward.upstream, self.ports.clone(), &mut |n| rng.next_u32() % n)?;
         let socket = UdpSocket::from(fd);
         socket.send(&forward.bytes)?;
-        Ok(self.sockets.entry(forward.query).insert_entry(socket).into_mut().as_fd())
+        let socket: &UdpSocket = self.sockets.entry(forward.query).or_insert(socket);
+        Ok(socket.as_fd())
     }
 
     pub(super) fn read(&mut self, query: QueryId) -> Answer {
@@ -128,10 +129,11 @@ impl Streams {
         client.set_nonblocking(true)?;
         client.set_nodelay(true)?;
         let rng = &mut queries.rng;
-        let upstream: TcpStream = dns_stream(resolver, queries.ports.clone(), &mut |n| rng.next_u32() % n)?.into();
+        let upstream: TcpStream =
+            dns_stream(resolver, queries.ports.clone(), &mut |n| rng.next_u32() % n)?.into();
         let id = StreamId(self.next);
         self.next += 1;
-        let stream = self.streams.entry(id).insert_entry(Stream {
+        let stream = self.streams.entry(id).or_insert(Stream {
             client,
             upstream,
             queries: VecDeque::new(),
@@ -143,7 +145,6 @@ impl Streams {
             shut: false,
             idle_at: Instant::now() + STREAM_IDLE,
         });
-        let stream = stream.into_mut();
         Ok((id, [stream.client.as_fd(), stream.upstream.as_fd()]))
     }
 

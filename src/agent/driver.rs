@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -41,12 +41,12 @@ const PARTS: usize = 72;
 /// What the loop needs; made by the agent's bring-up.
 pub(super) struct Kernel {
     pub(super) tun: Tun,
-    pub(super) sockets: Vec<TunnelSocket>,
+    /// By own address.
+    pub(super) sockets: Vec<(IpAddr, TunnelSocket)>,
     pub(super) raw: Option<RawInjector>,
     pub(super) applier: Applier,
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
-    pub(super) channel: AgentChannel,
     pub(super) queries: Queries,
 }
 
@@ -68,6 +68,7 @@ enum Source {
 pub(super) struct Driver {
     engine: Engine,
     kernel: Kernel,
+    channel: AgentChannel,
     listeners: Vec<TcpListener>,
     streams: Streams,
     epoll: Epoll,
@@ -93,7 +94,7 @@ impl Driver {
     ///
     /// # Errors
     /// epoll(7) is not to be had.
-    pub(super) fn new(engine: Engine, mut kernel: Kernel) -> anyhow::Result<Self> {
+    pub(super) fn new(engine: Engine, mut kernel: Kernel, channel: AgentChannel) -> anyhow::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll")?;
         let mut listeners = Vec::new();
         if let Some((_, fds)) = &mut kernel.helper {
@@ -104,6 +105,7 @@ impl Driver {
         let mut driver = Self {
             engine,
             kernel,
+            channel,
             listeners,
             streams: Streams::new(),
             epoll,
@@ -122,10 +124,10 @@ impl Driver {
     fn watch_all(&mut self) -> nix::Result<()> {
         let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![
             (Source::Tun, self.kernel.tun.as_fd()),
-            (Source::Channel, self.kernel.channel.as_fd()),
+            (Source::Channel, self.channel.as_fd()),
             (Source::Applier, self.kernel.applier.as_fd()),
         ];
-        all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.as_fd())));
+        all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.1.as_fd())));
         all.extend(self.kernel.helper.iter().map(|(tun, _)| (Source::Helper, tun.as_fd())));
         all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
         all.extend(self.kernel.arp.iter().map(|arp| (Source::Arp, arp.as_fd())));
@@ -213,7 +215,7 @@ impl Driver {
 
     fn read_socket(&mut self, index: usize, now: Now) -> anyhow::Result<()> {
         for _ in 0..TURN {
-            match self.kernel.sockets[index].recv(self.engine.receive_buffer()) {
+            match self.kernel.sockets[index].1.recv(self.engine.receive_buffer()) {
                 Ok(received) => {
                     self.engine.handle_datagrams(received.from, received.len, received.segment, now);
                     self.drain()?;
@@ -310,7 +312,7 @@ impl Driver {
 
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         loop {
-            match self.kernel.channel.try_recv() {
+            match self.channel.try_recv() {
                 Ok(Some(Received::Message(ToAgent::Changes(changes), _))) => self.changes.extend(changes),
                 Ok(Some(Received::Message(ToAgent::Commit { generation }, _))) => {
                     debug!(generation, changes = self.changes.len(), "directory changed");
@@ -323,7 +325,7 @@ impl Driver {
                 Ok(Some(Received::Closed)) => {
                     // The launcher died. What is protected stays protected; only Stop or the namespace's end ends us.
                     info!("launcher is gone, going on");
-                    self.epoll.delete(&self.kernel.channel).context("forget the channel")?;
+                    self.epoll.delete(&self.channel).context("forget the channel")?;
                     self.sources.remove(&token);
                     return Ok(None);
                 }
@@ -343,7 +345,8 @@ impl Driver {
             match self.kernel.queries.forward(forward) {
                 Ok(fd) => {
                     let (sources, next) = (&mut self.sources, &mut self.next_token);
-                    let token = watch(&self.epoll, sources, next, Source::Query(query), fd).context("watch a query")?;
+                    let token = watch(&self.epoll, sources, next, Source::Query(query), fd)
+                        .context("watch a query")?;
                     self.query_tokens.insert(query, token);
                 }
                 Err(error) => {
@@ -370,8 +373,9 @@ impl Driver {
     fn transmit(&mut self) {
         let mut refused = 0;
         while let Some(transmit) = self.engine.poll_transmit() {
-            let socket = self.kernel.sockets.iter_mut().find(|socket| socket.is_ipv4() == transmit.to.is_ipv4());
-            let Some(socket) = socket else {
+            let socket =
+                self.kernel.sockets.iter_mut().find(|(own, _)| own.is_ipv4() == transmit.to.is_ipv4());
+            let Some((_, socket)) = socket else {
                 refused += 1;
                 continue;
             };
@@ -398,13 +402,16 @@ impl Driver {
                 }
                 Some(raw) => {
                     let mut whole: Vec<u8> = Vec::new();
-                    packet.parts.iter().for_each(|range| whole.extend_from_slice(&packet.buffer[range.clone()]));
+                    packet
+                        .parts
+                        .iter()
+                        .for_each(|range| whole.extend_from_slice(&packet.buffer[range.clone()]));
                     raw.inject(&mut whole, packet.vnet.partial_checksum)
                 }
             };
             match taken {
                 Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(nix::libc::EBADFD) => {
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
                     return Err(error).context("write tenc0: the device is gone");
                 }
                 Err(error) => {
@@ -424,17 +431,17 @@ impl Driver {
             return Ok(());
         };
         let mut kept = vec![self.kernel.tun.as_fd()];
-        kept.extend(self.kernel.sockets.iter().map(AsFd::as_fd));
-        self.kernel.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
+        kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
+        self.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
         self.ready = true;
         info!(generation, "protected");
         Ok(())
     }
 
-    /// Ends the control thread and gives back what tear-down needs.
-    pub(super) fn dismantle(self) -> (Tun, AgentChannel, Engine) {
+    /// Ends the control thread, closes every descriptor but the channel.
+    pub(super) fn dismantle(self) -> (AgentChannel, Engine) {
         self.kernel.applier.finish();
-        (self.kernel.tun, self.kernel.channel, self.engine)
+        (self.channel, self.engine)
     }
 }
 
@@ -511,7 +518,7 @@ fn has_room(fd: BorrowedFd<'_>) -> bool {
 fn is_transient(error: &io::Error) -> bool {
     // EIO: the device is down for a moment; what the pod sends meanwhile is refused by the kernel.
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-        || error.raw_os_error() == Some(nix::libc::EIO)
+        || error.raw_os_error() == Some(libc::EIO)
 }
 
 fn clocks() -> Now {

@@ -54,8 +54,9 @@ mod tests {
     use crate::proto::directory::Protocol;
 
     fn service(n: u8) -> Vip {
-        let endpoints =
-            (1..=n).map(|i| ServiceEndpoint { address: [10, 1, 1, i].into(), port: 8080, ready: true }).collect();
+        let endpoints = (1..=n)
+            .map(|i| ServiceEndpoint { address: [10, 1, 1, i].into(), port: 8080, ready: true })
+            .collect();
         Vip {
             address: [10, 96, 0, 1].into(),
             ports: vec![ServicePort { protocol: Protocol::Tcp, port: 80, endpoints }],

@@ -131,7 +131,9 @@ impl Directory {
     pub fn apply(&mut self, change: Change, now: Now) -> Effect {
         match change {
             Change::SetWorkload(workload) => {
-                if self.own.contains(&workload.address) || self.workloads.get(&workload.address) == Some(&workload) {
+                if self.own.contains(&workload.address)
+                    || self.workloads.get(&workload.address) == Some(&workload)
+                {
                     return Effect::None;
                 }
                 self.workloads.insert(workload.address, workload.clone());

@@ -222,7 +222,12 @@ impl Engine {
     }
 
     /// An ICMP error is judged by what it quotes: a packet that we sent to that peer.
-    fn admit_error(&mut self, peer: IpAddr, bytes: &mut [u8], packet: &Packet) -> Result<Verdict, DropReason> {
+    fn admit_error(
+        &mut self,
+        peer: IpAddr,
+        bytes: &mut [u8],
+        packet: &Packet,
+    ) -> Result<Verdict, DropReason> {
         let quoted = packet.embedded(bytes).ok_or(DropReason::Malformed)?;
         let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
         if packet.source != peer && packet.source != inner.destination {

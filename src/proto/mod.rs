@@ -143,8 +143,7 @@ impl Engine {
         let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
         let mut coalescer = Coalescer::new();
         coalescer.merge_udp(config.coalesce_udp);
-        let transport =
-            Transport::new(config.identities, config.options, ChaCha20Rng::from_rng(&mut rng));
+        let transport = Transport::new(config.identities, config.options, ChaCha20Rng::from_rng(&mut rng));
         Self {
             port: config.port,
             link_mtu: config.link_mtu,
@@ -367,11 +366,6 @@ impl Engine {
 
     fn answer_with(&mut self, error: IcmpError, quoted: &[u8]) {
         push_icmp(&mut self.owned, error, quoted);
-    }
-
-    /// Our address of the same family.
-    fn own_like(&self, address: IpAddr) -> Option<IpAddr> {
-        self.own.iter().copied().find(|own| own.is_ipv4() == address.is_ipv4())
     }
 }
 

@@ -199,7 +199,13 @@ impl Flows {
     ///
     /// # Errors
     /// `FlowTableFull`.
-    pub fn insert(&mut self, tuple: Tuple, peer: IpAddr, kind: Kind, now: Now) -> Result<&mut Flow, DropReason> {
+    pub fn insert(
+        &mut self,
+        tuple: Tuple,
+        peer: IpAddr,
+        kind: Kind,
+        now: Now,
+    ) -> Result<&mut Flow, DropReason> {
         self.put(Flow { tuple, peer, kind, last_seen: now.instant, seen: 0 }, None)
     }
 
@@ -226,7 +232,12 @@ impl Flows {
     ///
     /// # Errors
     /// `FlowTableFull`.
-    pub fn insert_hairpin(&mut self, out: Tuple, target: (IpAddr, u16), now: Now) -> Result<&mut Flow, DropReason> {
+    pub fn insert_hairpin(
+        &mut self,
+        out: Tuple,
+        target: (IpAddr, u16),
+        now: Now,
+    ) -> Result<&mut Flow, DropReason> {
         let (vip, service_port) = out.remote;
         let back = self
             .free_tuple(Tuple { protocol: out.protocol, local: target, remote: (vip, out.local.1) })
@@ -270,8 +281,11 @@ impl Flows {
         let Some(flow) = self.slots[slot as usize].take() else { return };
         self.by_tuple.remove(&flow.tuple);
         if let Kind::Server { service, client_port } = flow.kind {
-            let wire =
-                Tuple { protocol: flow.tuple.protocol, local: service, remote: (flow.tuple.remote.0, client_port) };
+            let wire = Tuple {
+                protocol: flow.tuple.protocol,
+                local: service,
+                remote: (flow.tuple.remote.0, client_port),
+            };
             self.by_wire.remove(&wire);
         }
         self.free.push(slot);
@@ -288,7 +302,8 @@ impl Flows {
     pub fn sweep(&mut self, now: Now) {
         for _ in 0..self.slots.len().min(SWEEP) {
             self.cursor = (self.cursor + 1) % self.slots.len();
-            let over = self.slots[self.cursor].is_some_and(|flow| flow.last_seen + flow.life() <= now.instant);
+            let over =
+                self.slots[self.cursor].is_some_and(|flow| flow.last_seen + flow.life() <= now.instant);
             if over {
                 self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
             }

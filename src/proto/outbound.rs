@@ -107,7 +107,9 @@ impl Engine {
                 _ => {}
             }
         }
-        if packet.protocol == protocol::UDP && packet.ports(bytes).is_some_and(|(source, _)| source == self.port) {
+        if packet.protocol == protocol::UDP
+            && packet.ports(bytes).is_some_and(|(source, _)| source == self.port)
+        {
             return Err(DropReason::Loop);
         }
         match self.route(bytes, &packet, now) {
@@ -233,7 +235,9 @@ impl Engine {
         let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
         let flow = inner.ports(&bytes[quoted]).and_then(|(source, destination)| {
             let (local, remote) = ((inner.destination, destination), (inner.source, source));
-            self.flows.get(&Tuple { protocol: inner.protocol, local, remote }).map(|flow| (flow.kind, flow.peer))
+            self.flows
+                .get(&Tuple { protocol: inner.protocol, local, remote })
+                .map(|flow| (flow.kind, flow.peer))
         });
         match flow {
             Some((Kind::Server { service, client_port }, peer)) => {
@@ -262,7 +266,9 @@ impl Engine {
         let limit = mtu::inner_mtu(self.link_mtu, peer);
         let largest = match vnet.gso {
             Gso::None => packet.len,
-            Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => usize::from(vnet.header_len) + usize::from(size),
+            Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => {
+                usize::from(vnet.header_len) + usize::from(size)
+            }
         };
         if largest > limit as usize {
             self.answer_with(IcmpError::TooBig(u16::try_from(limit).unwrap_or(u16::MAX)), bytes);

@@ -189,7 +189,8 @@ impl Peers {
 
     /// Takes out the packets that waited too long, as plain IP packets, and hands each to `expired`.
     pub fn expire(&mut self, now: Now, mut expired: impl FnMut(&[u8])) {
-        let due: Vec<PeerId> = self.waiting.iter().filter(|(_, at)| **at <= now.instant).map(|(id, _)| *id).collect();
+        let due: Vec<PeerId> =
+            self.waiting.iter().filter(|(_, at)| **at <= now.instant).map(|(id, _)| *id).collect();
         for id in due {
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             while let Some(old) = peer.staged.pop_front_if(|staged| staged.until <= now.instant) {

@@ -254,7 +254,10 @@ mod tests {
     use super::*;
 
     fn at(start: Instant, seconds: u64) -> Now {
-        Now { instant: start + Duration::from_secs(seconds), wall: Duration::from_secs(1_700_000_000 + seconds) }
+        Now {
+            instant: start + Duration::from_secs(seconds),
+            wall: Duration::from_secs(1_700_000_000 + seconds),
+        }
     }
 
     fn address(n: u32) -> IpAddr {

@@ -181,7 +181,9 @@ fn collect(
             _ => {}
         }
     }
-    for record in additional.iter().filter(|r| matches!(r.kind, TYPE_A | TYPE_AAAA) && targets.contains(&r.owner)) {
+    for record in
+        additional.iter().filter(|r| matches!(r.kind, TYPE_A | TYPE_AAAA) && targets.contains(&r.owner))
+    {
         learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]);
     }
     Some(lesson)
@@ -289,7 +291,11 @@ mod tests {
 
     #[test]
     fn an_address_is_learned_where_its_owner_is_in_the_zone_whatever_the_case() {
-        let m = message("wEb.sHop.svc.cluster.local", &[record("WEB.shop.svc.cluster.local", 1, &[10, 96, 0, 1])], &[]);
+        let m = message(
+            "wEb.sHop.svc.cluster.local",
+            &[record("WEB.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[],
+        );
         assert_eq!(learned(&m), ["10.96.0.1"]);
     }
 
@@ -298,7 +304,10 @@ mod tests {
         let target = name("web.shop.svc.cluster.local");
         let inside = message(
             "www.example.test",
-            &[record("www.example.test", 5, &target), record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[
+                record("www.example.test", 5, &target),
+                record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1]),
+            ],
             &[],
         );
         assert_eq!(learned(&inside), ["10.96.0.1"]);
@@ -315,27 +324,32 @@ mod tests {
 
     #[test]
     fn glue_and_unrelated_records_teach_nothing_but_srv_and_svcb_targets_do() {
-        let glue = message("a.example", &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 9])], &[record(
-            "web.shop.svc.cluster.local",
-            1,
-            &[10, 96, 0, 9],
-        )]);
+        let glue = message(
+            "a.example",
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 9])],
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 9])],
+        );
         assert!(learned(&glue).is_empty());
         let srv = [&[0, 0, 0, 0, 0, 80][..], &name("web.shop.svc.cluster.local")].concat();
-        let m = message("_http._tcp.web.shop.svc.cluster.local", &[record(
+        let m = message(
             "_http._tcp.web.shop.svc.cluster.local",
-            33,
-            &srv,
-        )], &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])]);
+            &[record("_http._tcp.web.shop.svc.cluster.local", 33, &srv)],
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+        );
         assert_eq!(learned(&m), ["10.96.0.1"]);
         let svcb = [0, 1, 0, 0, 4, 0, 4, 10, 96, 0, 7];
-        let m = message("web.shop.svc.cluster.local", &[record("web.shop.svc.cluster.local", 65, &svcb)], &[]);
+        let m =
+            message("web.shop.svc.cluster.local", &[record("web.shop.svc.cluster.local", 65, &svcb)], &[]);
         assert_eq!(learned(&m), ["10.96.0.7"]);
     }
 
     #[test]
     fn every_cut_of_an_answer_is_unparsed_and_keeps_its_zone() {
-        let m = message("web.shop.svc.cluster.local", &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])], &[]);
+        let m = message(
+            "web.shop.svc.cluster.local",
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[],
+        );
         for end in 0..m.len() {
             let unparsed = lesson(&m[..end], &zone()).unwrap_err();
             assert_eq!(unparsed.in_zone, end >= HEADER_LEN + 28, "{end}");

@@ -151,7 +151,9 @@ impl FileSource {
         let empty = next.workloads.is_empty() && next.vips.is_empty();
         if empty {
             if !self.empty {
-                warn!("the directory names no other workload and no service of the project: nothing is removed");
+                warn!(
+                    "the directory names no other workload and no service of the project: nothing is removed"
+                );
             }
             self.empty = true;
             return Vec::new();
