@@ -83,6 +83,7 @@ need_up() { [[ -e $RUN/lab.env ]] || die "lab '$LAB' is not up: run '$SCRIPTS/la
 check_name() {
   [[ $LAB =~ ^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || die "TENC_LAB='$LAB': use lower-case letters, digits and '-'"
   [[ $PORT =~ ^[0-9]{1,5}$ && $PORT -ge 1 && $PORT -le 65535 ]] || die "TENC_PORT='$PORT' is no port"
+  [[ ${TENC_LAB_RP_FILTER:-0} =~ ^[012]$ ]] || die "TENC_LAB_RP_FILTER='$TENC_LAB_RP_FILTER': use 0, 1 or 2"
 }
 
 # start_time PID: the kernel's start time of a process; with the PID it names one process for ever.

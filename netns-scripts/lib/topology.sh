@@ -26,7 +26,7 @@ make_namespaces() {
 # Sysctls that interfaces inherit when they are made. Duplicate address detection only costs time here
 # (and fails behind a hairpin bridge port, which reflects a pod's own packets).
 preset_sysctls() {
-  local name all=() dad=(ipv6/conf/all/disable_ipv6=0 ipv6/conf/default/disable_ipv6=0
+  local name pod=() dad=(ipv6/conf/all/disable_ipv6=0 ipv6/conf/default/disable_ipv6=0
     ipv6/conf/all/accept_dad=0 ipv6/conf/default/accept_dad=0)
   local router=(ipv4/ip_forward=1 ipv6/conf/all/forwarding=1 ipv6/conf/default/forwarding=1
     ipv4/conf/all/rp_filter=0 ipv4/conf/default/rp_filter=0
@@ -35,13 +35,11 @@ preset_sysctls() {
   # As on a Kubernetes node: bridged packets pass the nft hooks, so a reply between two pods of one
   # bridge gets its VIP back.
   sysctls node1 bridge/bridge-nf-call-iptables=1 bridge/bridge-nf-call-ip6tables=1
-  case ${TENC_LAB_RP_FILTER:-} in
-    '') ;;
-    [012]) all=("ipv4/conf/all/rp_filter=$TENC_LAB_RP_FILTER" "ipv4/conf/default/rp_filter=$TENC_LAB_RP_FILTER") ;;
-    *) die "TENC_LAB_RP_FILTER='$TENC_LAB_RP_FILTER': use 0, 1 or 2" ;;
-  esac
+  if [[ -n ${TENC_LAB_RP_FILTER:-} ]]; then
+    pod=("ipv4/conf/all/rp_filter=$TENC_LAB_RP_FILTER" "ipv4/conf/default/rp_filter=$TENC_LAB_RP_FILTER")
+  fi
   sysctls ext "${dad[@]}"
-  for name in "${PODS[@]}"; do sysctls "$name" "${dad[@]}" "${all[@]}"; done
+  for name in "${PODS[@]}"; do sysctls "$name" "${dad[@]}" "${pod[@]}"; done
 }
 
 make_fabric() {
