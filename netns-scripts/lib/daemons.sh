@@ -3,7 +3,7 @@
 
 # Hosts lines: every address of a name, the reverse name being the first name of a line.
 dns_hosts() {
-  local project service v4 v6 pod pods dashed seen=
+  local project service v4 v6 pod pods address seen=
   while read -r project service v4 v6 _ _ _ _ pods; do
     [[ $seen != *" $project/$service "* ]] || continue
     seen+=" $project/$service "
@@ -13,8 +13,8 @@ dns_hosts() {
       continue
     fi
     for pod in "${pods[@]}"; do
-      for dashed in "${V4[$pod]}" "${V6[$pod]}"; do
-        printf '%s %s.%s.%s.svc.%s %s.%s.svc.%s\n' "$dashed" "$(dashed "$dashed")" \
+      for address in "${V4[$pod]}" "${V6[$pod]}"; do
+        printf '%s %s.%s.%s.svc.%s %s.%s.svc.%s\n' "$address" "$(dashed "$address")" \
           "$service" "$project" "$ZONE" "$service" "$project" "$ZONE"
       done
     done
@@ -27,7 +27,7 @@ dashed() { printf '%s' "${1//[.:]/-}"; }
 
 # Every name answers alike each time: no round robin, fixed TTLs. Whatever is not listed does not exist.
 dns_config() {
-  local project service v4 pname proto port pods pod address i text done=
+  local project service pname proto port i text
   cat <<END
 user=root
 group=root
@@ -49,21 +49,10 @@ txt-record=note.shop.svc.$ZONE,ledgers are sealed,twice
 dns-rr=strange.shop.svc.$ZONE,65280,0a1b2c3d4e5f
 cname=ext.shop.svc.$ZONE,$EXT_NAME
 END
-  while read -r project service v4 _ pname proto port _ pods; do
-    if [[ $v4 != None ]]; then
-      printf 'srv-host=_%s._%s.%s.%s.svc.%s,%s.%s.svc.%s,%d,0,100\n' "$pname" "$proto" \
-        "$service" "$project" "$ZONE" "$service" "$project" "$ZONE" "$port"
-    else
-      IFS=, read -ra pods <<<"$pods"
-      for pod in "${pods[@]}"; do
-        for address in "${V4[$pod]}" "${V6[$pod]}"; do
-          printf 'srv-host=_%s._%s.%s.%s.svc.%s,%s.%s.%s.svc.%s,%d,0,25\n' "$pname" "$proto" "$service" \
-            "$project" "$ZONE" "$(dashed "$address")" "$service" "$project" "$ZONE" "$port"
-        done
-      done
-    fi
-    # A name with children exists: asking for it gives an empty answer, not NXDOMAIN.
-    [[ $done == *" $project "* ]] || done+=" $project "
+  # One SRV record per port: dnsmasq would rotate several.
+  while read -r project service _ _ pname proto port _; do
+    printf 'srv-host=_%s._%s.%s.%s.svc.%s,%s.%s.svc.%s,%d,0,100\n' "$pname" "$proto" \
+      "$service" "$project" "$ZONE" "$service" "$project" "$ZONE" "$port"
   done < <(rows "$SERVICE_TABLE")
   # Twelve records of 250 bytes: a 3 KB answer.
   for i in {a..l}; do
