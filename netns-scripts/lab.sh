@@ -30,7 +30,7 @@ for part in common topology leaks daemons manifests agents capture control; do
 done
 
 write_env() {
-  local pod key project service v4 v6
+  local pod key service
   {
     cat <<END
 TENC_LAB=$LAB
@@ -69,12 +69,13 @@ ${key}_NODE_NS=$(ns "${NODE_OF[$pod]}")
 ${key}_LINK=p-$pod
 END
     done
-    while read -r project service v4 v6; do
-      [[ $v4 != None ]] || continue
-      key=${service^^}
-      [[ $project != kube-system ]] || key=DNS
-      printf '%s_VIP4=%s\n%s_VIP6=%s\n' "$key" "$v4" "$key" "$v6"
-    done < <(rows "$SERVICE_TABLE" | awk '!seen[$1 $2]++ { print $1, $2, $3, $4 }')
+    for service in "${SERVICES[@]}"; do
+      [[ ${SERVICE_V4[$service]} != None ]] || continue
+      key=${service#*/}
+      key=${key^^}
+      [[ $service != kube-system/* ]] || key=DNS
+      printf '%s_VIP4=%s\n%s_VIP6=%s\n' "$key" "${SERVICE_V4[$service]}" "$key" "${SERVICE_V6[$service]}"
+    done
     cat <<END
 DIRECTORY_SHOP=$RUN/directory/shop
 DIRECTORY_BANK=$RUN/directory/bank

@@ -59,6 +59,19 @@ while read -r name project node v4 v6; do
   PROJECT_OF[$name]=$project NODE_OF[$name]=$node V4[$name]=$v4 V6[$name]=$v6
 done <<<"$POD_TABLE"
 
+# By `project/service`. SERVICE_PORTS has lines of: port name, protocol, port, target port.
+SERVICES=()
+declare -A SERVICE_V4 SERVICE_V6 SERVICE_PORTS SERVICE_PODS
+while read -r project name v4 v6 ports_and_pods; do
+  [[ -n $name ]] || continue
+  service=$project/$name
+  [[ -n ${SERVICE_V4[$service]:-} ]] || SERVICES+=("$service")
+  SERVICE_V4[$service]=$v4 SERVICE_V6[$service]=$v6
+  SERVICE_PORTS[$service]+=${SERVICE_PORTS[$service]:+$'\n'}${ports_and_pods% *}
+  SERVICE_PODS[$service]=${ports_and_pods##* }
+done <<<"$SERVICE_TABLE"
+unset project name node v4 v6 service ports_and_pods
+
 NODES=(node1 node2)
 NAMESPACES=(fabric node1 node2 ext "${PODS[@]}")
 
@@ -70,9 +83,6 @@ ns() { printf '%s-%s' "$LAB" "$1"; }
 
 # inside NAME CMD...: run in the network namespace alone (no mounts; /proc/sys/net follows).
 inside() { local name=$1; shift; nsenter --net="/run/netns/$LAB-$name" -- "$@"; }
-
-# rows TABLE: the table without its empty lines.
-rows() { sed '/^$/d' <<<"$1"; }
 
 is_pod() { [[ -n ${1:-} && -n ${PROJECT_OF[$1]:-} ]]; }
 

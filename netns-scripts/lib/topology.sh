@@ -154,19 +154,21 @@ END
 
 # One DNAT rule per endpoint, chosen at random like kube-proxy's.
 service_rules() {
-  local project service v4 v6 pname proto port target pods pod left
-  while read -r project service v4 v6 pname proto port target pods; do
-    [[ $v4 != None ]] || continue
-    IFS=, read -ra pods <<<"$pods"
-    left=${#pods[@]}
-    for pod in "${pods[@]}"; do
-      cat <<END
-    ip daddr $v4 $proto dport $port numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target comment "$project/$service:$pname"
-    ip6 daddr $v6 $proto dport $port numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target comment "$project/$service:$pname"
+  local service pname proto port target pods pod left
+  for service in "${SERVICES[@]}"; do
+    [[ ${SERVICE_V4[$service]} != None ]] || continue
+    IFS=, read -ra pods <<<"${SERVICE_PODS[$service]}"
+    while read -r pname proto port target; do
+      left=${#pods[@]}
+      for pod in "${pods[@]}"; do
+        cat <<END
+    ip daddr ${SERVICE_V4[$service]} $proto dport $port numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target comment "$service:$pname"
+    ip6 daddr ${SERVICE_V6[$service]} $proto dport $port numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target comment "$service:$pname"
 END
-      left=$((left - 1))
-    done
-  done < <(rows "$SERVICE_TABLE")
+        left=$((left - 1))
+      done
+    done <<<"${SERVICE_PORTS[$service]}"
+  done
   cat <<END
     ip daddr $SHOP_POOL4 tcp dport 80 numgen random mod 2 == 0 dnat ip to ${V4[shop-web1]}:8080
     ip daddr $SHOP_POOL4 tcp dport 80 dnat ip to ${V4[shop-web2]}:8080
