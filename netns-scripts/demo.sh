@@ -83,10 +83,17 @@ count() {
   for pod in "${PODS[@]}"; do tcpdump -nr "$captures/$pod.pcap" "$1" 2>/dev/null; done | wc -l
 }
 
-# sample FILTER: one packet of the client's link, as tcpdump shows it: its addresses, its bytes as text.
+# sample FILTER: one packet of the client's link, as tcpdump shows it: the addresses, then the payload as
+# text (a request from its first word; else from where an IPv4 UDP payload begins).
 sample() {
-  # tcpdump ends with SIGPIPE once head has its lines.
-  { tcpdump -tqnA -r "$captures/shop-client.pcap" "$1" 2>/dev/null || true; } | head -n 2 | cut -c 1-100 | sed 's/^/  /'
+  local packet
+  packet=$(tcpdump -tqnA -c 1 -r "$captures/shop-client.pcap" "$1" 2>/dev/null | tr '\n\r\t' '\1..') || true
+  [[ -n $packet ]] || return 0
+  printf '  %s\n' "${packet%%$'\1'*}"
+  packet=${packet#*$'\1'}
+  packet=${packet//$'\1'/.}
+  if [[ $packet == *GET\ * ]]; then packet="GET ${packet#*GET }"; else packet=${packet:28}; fi
+  printf '  | %.96s' "$packet"
 }
 
 # Packets through the pods' tenc0, as its device counters say.
@@ -115,9 +122,8 @@ measure() {
   canary[$column]=$(lab capture canary "$CANARY" | cut -d' ' -f2)
   if ((${clear[$column]})); then
     shown[$column]=$(sample "$project and tcp[((tcp[12] & 0xf0) >> 2):4] = 0x47455420")
-    [[ -n ${shown[$column]} ]] || shown[$column]=$(sample "$project and not ($sealed)")
   else
-    shown[$column]=$(sample "$sealed and greater 120")
+    shown[$column]=$(sample "ip and $sealed and greater 120")
   fi
   trip[$column]=$(lab exec shop-client -- ping -q -c 200 -i 0.005 "$SHOP_WEB2_V4" | awk -F/ '/^rtt/ { printf "%.3f ms", $5 }' || true)
   speed[$column]=$(lab exec shop-client -- iperf3 -J -t 3 -C cubic -c "$IPERF_VIP4" \
@@ -138,7 +144,7 @@ captures=$CAPTURES
 # the tunnel's, and a WireGuard type word of 1 to 4).
 hosts="($(sed -n 's/^SHOP_[A-Z0-9]*_V[46]=\(.*\)/\1/p; s/^\(WEB\|IPERF\|ECHO\)_VIP[46]=\(.*\)/\2/p' \
   "/run/tencrypt-lab/$TENC_LAB/lab.env" | awk '{ printf "%s%s", n++ ? " or " : "", $1 }'))"
-project="(src host $hosts and dst host $hosts)"
+project="((ip or ip6) and src host $hosts and dst host $hosts)"
 nd='icmp6 and ip6[40] >= 133 and ip6[40] <= 137'
 sealed="udp src port $TUNNEL_PORT and udp dst port $TUNNEL_PORT and (
   (ip and udp[8] >= 1 and udp[8] <= 4 and udp[9] = 0 and udp[10:2] = 0) or
