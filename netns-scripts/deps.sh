@@ -16,7 +16,7 @@ dig         bind9-dnsutils
 iperf3      iperf3
 dnsmasq     dnsmasq-base
 curl        curl
-python3     python3-minimal
+python3     python3
 jq          jq
 ping        iputils-ping
 ps          procps
@@ -27,10 +27,8 @@ missing=()
 while read -r program package; do
   [[ -z $program ]] || command -v "$program" >/dev/null || missing+=("$package")
 done <<<"$PROGRAMS"
-# python3-minimal lacks the modules of the lab's web server.
-if [[ " ${missing[*]} " == *' python3-minimal '* ]] || ! python3 -I -c 'import http.server, socketserver' 2>/dev/null; then
-  missing+=(python3)
-fi
+# A minimal Python lacks the modules of the lab's web server.
+[[ " ${missing[*]} " == *' python3 '* ]] || python3 -I -c 'import http.server' 2>/dev/null || missing+=(python3)
 for package; do
   [[ $(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) == 'install ok installed' ]] || missing+=("$package")
 done

@@ -5,6 +5,7 @@
 # labs with different names do not meet. The host's own namespace is never touched.
 # shellcheck disable=SC2034  # the tables are read by the files that source this one
 
+PATH=$PATH:/usr/sbin:/sbin
 LAB=${TENC_LAB:-tenc}
 PORT=${TENC_PORT:-51820}
 RUN=/run/tencrypt-lab/$LAB
@@ -88,7 +89,11 @@ is_pod() { [[ -n ${1:-} && -n ${PROJECT_OF[$1]:-} ]]; }
 
 need_root() { [[ $EUID -eq 0 ]] || die "needs root (namespaces): run it with sudo"; }
 
-need_up() { [[ -e $RUN/lab.env ]] || die "lab '$LAB' is not up: run '$SCRIPTS/lab.sh up'"; }
+# The tunnel port of a lab is the one it was made with.
+need_up() {
+  [[ -e $RUN/lab.env ]] || die "lab '$LAB' is not up: run '$SCRIPTS/lab.sh up'"
+  PORT=$(sed -n 's/^TUNNEL_PORT=//p' "$RUN/lab.env")
+}
 
 check_name() {
   [[ $LAB =~ ^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || die "TENC_LAB='$LAB': use lower-case letters, digits and '-'"
