@@ -1,1 +1,4 @@
 //! sys.
+
+pub mod async_fd;
+pub mod netns;
