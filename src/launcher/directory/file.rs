@@ -187,3 +187,7 @@ fn report(scan: &Scan) {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;
