@@ -11,11 +11,10 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
@@ -24,7 +23,8 @@ pub use super::folder::SourceError;
 use super::folder::{Folder, Problem, Scan};
 use super::{Entries, Objects};
 use crate::launcher::keys::ProjectKey;
-use crate::proto::directory::Change;
+use crate::proto::directory::{Change, Workload};
+use crate::sys::async_fd;
 
 /// A burst ends after this long without an event: `kubectl get > file` writes in pieces closer than that.
 const QUIET: Duration = Duration::from_millis(5);
@@ -33,7 +33,7 @@ const BURST_MAX: Duration = Duration::from_millis(20);
 /// For file systems that send no events, and links whose targets change in place.
 const RESCAN: Duration = Duration::from_secs(5);
 /// While the folder is away nothing sends events, so its return is looked for: one failing stat.
-const RESCAN_UNWATCHED: Duration = Duration::from_millis(20);
+const RESCAN_AWAY: Duration = Duration::from_millis(20);
 
 /// A folder that was read once and is watched.
 pub struct Manifests {
@@ -69,14 +69,15 @@ impl Manifests {
     pub fn follow(self, key: ProjectKey, own: Vec<IpAddr>) -> io::Result<(FileSource, Vec<Change>)> {
         let descriptor = self.folder.inotify().as_fd().try_clone_to_owned()?;
         let mut source = FileSource {
-            readable: AsyncFd::with_interest(Descriptor(descriptor), Interest::READABLE)?,
+            readable: async_fd::readable(descriptor)?,
             folder: self.folder,
             key,
             own,
             entries: Entries::default(),
             empty: false,
             burst: None,
-            scan_at: Instant::now() + RESCAN,
+            // At once: a file may have been touched while it was read.
+            scan_at: Instant::now(),
         };
         let changes = source.advance(&self.objects);
         Ok((source, changes))
@@ -86,12 +87,12 @@ impl Manifests {
 /// One workload's view of a watched folder.
 pub struct FileSource {
     /// A duplicate of the folder's inotify descriptor; never read from.
-    readable: AsyncFd<Descriptor>,
+    readable: AsyncFd<OwnedFd>,
     folder: Folder,
     key: ProjectKey,
     own: Vec<IpAddr>,
     entries: Entries,
-    /// The objects of the folder make an empty directory: reported, and not followed.
+    /// The folder names nothing of the project: reported, and not followed.
     empty: bool,
     /// When the first event since the last scan came.
     burst: Option<Instant>,
@@ -117,7 +118,7 @@ impl FileSource {
                 ready = self.readable.readable() => match ready {
                     Ok(mut guard) => {
                         guard.clear_ready();
-                        if self.folder.drain() {
+                        if self.folder.drain(std::time::Instant::now()) {
                             self.wake();
                         }
                     }
@@ -138,7 +139,7 @@ impl FileSource {
         let scan = self.folder.scan(std::time::Instant::now());
         report(&scan);
         self.burst = None;
-        let pause = if self.folder.is_watched() { RESCAN } else { RESCAN_UNWATCHED };
+        let pause = if self.folder.is_away() { RESCAN_AWAY } else { RESCAN };
         self.scan_at = Instant::now() + pause;
         if let Some(again) = scan.again {
             self.scan_at = self.scan_at.min(Instant::from_std(again));
@@ -147,25 +148,23 @@ impl FileSource {
     }
 
     fn advance(&mut self, objects: &Objects) -> Vec<Change> {
-        let next = Entries::of(objects, self.key.project(), &self.own);
-        let empty = next.workloads.is_empty() && next.vips.is_empty();
-        if empty {
+        let empty = !objects.names_project(self.key.project());
+        if empty && self.entries != Entries::default() {
             if !self.empty {
-                warn!(
-                    "the directory names no other workload and no service of the project: nothing is removed"
-                );
+                warn!("the directory names nothing of the project any more: what is known stays");
             }
             self.empty = true;
             return Vec::new();
         }
         self.empty = false;
+        let next = Entries::of(objects, self.key.project(), &self.own);
         let changes = self.entries.changes_to(&next, |peer| self.workload(peer));
         self.entries = next;
         debug!(changes = changes.len(), "directory changed");
         changes
     }
 
-    fn workload(&self, peer: IpAddr) -> crate::proto::directory::Workload {
+    fn workload(&self, peer: IpAddr) -> Workload {
         let own = self.own.iter().find(|own| own.is_ipv4() == peer.is_ipv4());
         self.key.workload(*own.expect("entries are of our own families"), peer)
     }
@@ -189,11 +188,6 @@ fn report(scan: &Scan) {
     }
 }
 
-/// What tokio needs of a descriptor.
-struct Descriptor(std::os::fd::OwnedFd);
-
-impl AsRawFd for Descriptor {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;

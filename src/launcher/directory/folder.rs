@@ -29,6 +29,10 @@ use super::manifest::{self, MANIFEST_MAX, Syntax};
 
 /// Files beyond this many are reported and left out: one file per object of a very large project.
 const FILES_MAX: usize = 10_000;
+/// A file whose writer neither writes nor closes it for this long is read as it is: `truncate(2)` tells of no close.
+const WRITER_MAX: Duration = Duration::from_secs(5);
+/// Files that were touched while they were read are read again after this time.
+const RETRY: Duration = Duration::from_millis(5);
 /// How long a folder that came back may take to be filled again.
 const REFILL: Duration = Duration::from_secs(1);
 
@@ -106,7 +110,7 @@ pub(super) struct Folder {
 /// One file, as far as it was understood.
 #[derive(Default)]
 struct Manifest {
-    /// Of the content last looked at; `None` asks for another look.
+    /// Of the content last looked at.
     fingerprint: Option<Fingerprint>,
     /// Of the last good content.
     objects: Objects,
@@ -127,8 +131,8 @@ impl Fingerprint {
 /// What inotify told since the last scan.
 #[derive(Default)]
 struct Events {
-    /// Written and not closed yet.
-    writing: BTreeSet<OsString>,
+    /// Written and not closed yet, with the time of the last write.
+    writing: BTreeMap<OsString, Instant>,
     /// To be read again whatever its fingerprint.
     touched: BTreeSet<OsString>,
     /// Events were lost: everything is to be read again.
@@ -138,7 +142,7 @@ struct Events {
 }
 
 impl Events {
-    fn add(&mut self, event: InotifyEvent) {
+    fn add(&mut self, event: InotifyEvent, now: Instant) {
         type F = AddWatchFlags;
         if event.mask.intersects(F::IN_Q_OVERFLOW) {
             self.lost = true;
@@ -149,7 +153,7 @@ impl Events {
         }
         let Some(name) = event.name else { return };
         if event.mask.intersects(F::IN_MODIFY) {
-            self.writing.insert(name.clone());
+            self.writing.insert(name.clone(), now);
         } else {
             self.writing.remove(&name);
         }
@@ -191,9 +195,9 @@ impl Folder {
         &self.inotify
     }
 
-    /// Whether events will tell of changes.
-    pub(super) fn is_watched(&self) -> bool {
-        self.watch.is_some() && !matches!(self.problem, Some(Problem::Vanished { .. }))
+    /// Whether the folder was away when it was last looked at.
+    pub(super) fn is_away(&self) -> bool {
+        matches!(self.problem, Some(Problem::Vanished { .. }))
     }
 
     /// Every object of every file.
@@ -206,7 +210,7 @@ impl Folder {
     }
 
     /// Takes the events that have come; whether there were any.
-    pub(super) fn drain(&mut self) -> bool {
+    pub(super) fn drain(&mut self, now: Instant) -> bool {
         let mut any = false;
         loop {
             match self.inotify.read_events() {
@@ -216,7 +220,7 @@ impl Folder {
                     for event in events {
                         let overflow = event.mask.intersects(AddWatchFlags::IN_Q_OVERFLOW);
                         if overflow || Some(event.wd) == current {
-                            self.events.add(event);
+                            self.events.add(event, now);
                         }
                     }
                 }
@@ -230,7 +234,8 @@ impl Folder {
     /// Brings the objects up to date.
     pub(super) fn scan(&mut self, now: Instant) -> Scan {
         let mut scan = Scan::default();
-        self.drain();
+        self.drain(now);
+        self.events.writing.retain(|_, last| now < *last + WRITER_MAX);
         let folder_problem = self.rewatch().err();
         let names = match self.list() {
             Ok(names) => names,
@@ -251,15 +256,16 @@ impl Folder {
 
         let names: BTreeSet<OsString> = names.into_iter().take(FILES_MAX).collect();
         let readings = self.read_changed(&names);
-        self.drain();
+        self.drain(now);
         for (name, reading) in readings {
-            if !self.events.writing.contains(&name) && !self.events.touched.contains(&name) {
+            if !self.events.touched.contains(&name) {
                 self.take(name, reading, &mut scan);
-            } else if let Some(manifest) = self.files.get_mut(&name) {
-                manifest.fingerprint = None;
             }
         }
         self.remove_missing(&names, now, &mut scan);
+        if !self.events.touched.is_empty() {
+            scan.again = Some(now + RETRY);
+        }
         scan
     }
 
@@ -318,7 +324,7 @@ impl Folder {
         let touched = std::mem::take(&mut self.events.touched);
         let lost = std::mem::take(&mut self.events.lost);
         let mut readings = Vec::new();
-        for name in names.iter().filter(|name| !self.events.writing.contains(*name)) {
+        for name in names.iter().filter(|name| !self.events.writing.contains_key(*name)) {
             let known = self.files.get(name).and_then(|manifest| manifest.fingerprint);
             let known = known.filter(|_| !lost && !touched.contains(name));
             if let Some(reading) = Reading::of(&self.dir.join(name), known) {
@@ -347,7 +353,9 @@ impl Folder {
             Err(reason) => {
                 let mut hasher = DefaultHasher::new();
                 (&reason, &reading.content).hash(&mut hasher);
-                if manifest.reported.replace(hasher.finish()) != manifest.reported {
+                let problem = Some(hasher.finish());
+                if manifest.reported != problem {
+                    manifest.reported = problem;
                     scan.problems.push(Problem::Malformed { file, reason });
                 }
             }

@@ -38,6 +38,9 @@ pub enum ManifestError {
     /// Not JSON.
     #[error("not JSON: {0}")]
     Json(String),
+    /// No document at all: the output of a command that failed.
+    #[error("it holds no object")]
+    Empty,
     /// A document that is no Kubernetes object.
     #[error("a document has no apiVersion and kind")]
     NoKind,
@@ -85,7 +88,11 @@ pub enum Syntax {
 /// If any part of it is malformed.
 pub fn parse(text: &[u8], syntax: Syntax) -> Result<Objects, ManifestError> {
     let mut objects = Objects::default();
-    for document in documents(text, syntax)? {
+    let documents = documents(text, syntax)?;
+    if documents.iter().all(Value::is_null) {
+        return Err(ManifestError::Empty);
+    }
+    for document in documents {
         add_document(document, None, &mut objects)?;
     }
     Ok(objects)

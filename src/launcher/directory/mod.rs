@@ -126,6 +126,13 @@ impl Objects {
         self.nodes.extend(other.nodes);
     }
 
+    /// Whether any pod, Service or slice is of `project`.
+    #[must_use]
+    pub fn names_project(&self, project: &str) -> bool {
+        let mut ids = self.pods.keys().chain(self.services.keys()).chain(self.slices.keys());
+        ids.any(|id| id.namespace == project)
+    }
+
     /// The pods, of any project, that have one of `addresses` for themselves.
     pub fn workloads_at<'a>(&'a self, addresses: &'a [IpAddr]) -> impl Iterator<Item = (&'a Id, &'a Pod)> {
         self.pods
