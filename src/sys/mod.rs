@@ -1,6 +1,8 @@
-//! System calls that nix and rustix lack, behind safe functions. The only folder with `unsafe`.
-#![expect(unsafe_code, reason = "this folder is where it may stand")]
+//! System calls that neither nix, rustix nor socket2 offers in a safe form: the only folder with `unsafe`.
+//!
+//! Each file wraps one kind of kernel object; a safe function comes out.
 
+pub mod async_fd;
 pub mod exec;
 pub mod netns;
 pub mod packet;
