@@ -1,1 +1,5 @@
-//! sys.
+//! System calls that neither nix nor socket2 offers in a safe form: the only folder with `unsafe`.
+//!
+//! Each file wraps one kind of kernel object; a safe function comes out.
+
+pub mod fd;
