@@ -1,1 +1,4 @@
 //! launcher.
+
+pub mod directory;
+pub mod keys;

@@ -2,4 +2,6 @@
 //!
 //! Each file wraps one kind of kernel object; a safe function comes out.
 
+pub mod async_fd;
 pub mod fd;
+pub mod netns;
