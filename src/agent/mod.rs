@@ -3,6 +3,12 @@
 use std::os::fd::OwnedFd;
 
 pub mod control;
+pub mod guard;
+pub mod neighbour;
+pub mod netlink;
+pub mod raw_socket;
+pub mod tun;
+pub mod udp;
 
 /// How an agent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

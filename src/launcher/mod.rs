@@ -1,4 +1,6 @@
 //! launcher.
 
 pub mod directory;
+pub mod dns_helper;
+pub mod guard;
 pub mod keys;

@@ -3,5 +3,9 @@
 //! Each file wraps one kind of kernel object; a safe function comes out.
 
 pub mod async_fd;
+pub mod exec;
 pub mod fd;
 pub mod netns;
+pub mod packet;
+pub mod tun;
+pub mod udp;
