@@ -159,7 +159,10 @@ pub struct ProjectKey {
 
 impl fmt::Debug for ProjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ProjectKey").field("project", &self.project).field("suite", &self.suite).finish_non_exhaustive()
+        f.debug_struct("ProjectKey")
+            .field("project", &self.project)
+            .field("suite", &self.suite)
+            .finish_non_exhaustive()
     }
 }
 
@@ -189,7 +192,9 @@ impl ProjectKey {
                 None => (&mut key, line),
                 Some(("use", rest)) => (&mut key, rest.trim_start()),
                 Some(("accept", rest)) => (&mut accept, rest.trim_start()),
-                Some(_) => return Err(Parse::Malformed("a line is neither `use BASE64` nor `accept BASE64`")),
+                Some(_) => {
+                    return Err(Parse::Malformed("a line is neither `use BASE64` nor `accept BASE64`"));
+                }
             };
             if slot.replace(decode(encoded)?).is_some() {
                 return Err(Parse::Malformed("two keys of one kind: one `use` and one `accept` at most"));
@@ -269,7 +274,9 @@ impl ProjectKey {
 pub fn keygen() -> Result<Zeroizing<String>, KeyError> {
     let mut key = Zeroizing::new([0; KEY_LEN]);
     // Unlike /dev/urandom this waits until the kernel's generator is seeded, and never again after that.
-    File::open("/dev/random").and_then(|mut random| random.read_exact(&mut key[..])).map_err(KeyError::Random)?;
+    File::open("/dev/random")
+        .and_then(|mut random| random.read_exact(&mut key[..]))
+        .map_err(KeyError::Random)?;
     Ok(Zeroizing::new(STANDARD.encode(&key[..])))
 }
 
@@ -422,7 +429,10 @@ mod tests {
         assert_eq!(upper.static_secret(address).0, parse(ONE).unwrap().static_secret(address).0);
         assert_eq!(upper.project(), "shop");
         for name in ["", "-shop", "shop-", "a.b", "sh\0op", &"x".repeat(64)] {
-            assert!(matches!(ProjectKey::parse(ONE.as_bytes(), name, Suite::default()), Err(Parse::ProjectName)));
+            assert!(matches!(
+                ProjectKey::parse(ONE.as_bytes(), name, Suite::default()),
+                Err(Parse::ProjectName)
+            ));
         }
     }
 
