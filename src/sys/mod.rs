@@ -1,4 +1,4 @@
-//! System calls that neither nix nor socket2 offers in a safe form: the only folder with `unsafe`.
+//! System calls that neither nix, rustix nor socket2 offers in a safe form: the only folder with `unsafe`.
 //!
 //! Each file wraps one kind of kernel object; a safe function comes out.
 

@@ -252,7 +252,7 @@ impl Transport {
             return Err(DropReason::NotWireguard);
         };
         match (kind, datagram.len()) {
-            (TYPE_DATA, HEADER_LEN..) if datagram.len() >= HEADER_LEN + TAG_LEN => {
+            (TYPE_DATA, length) if length >= HEADER_LEN + TAG_LEN => {
                 let index = session::receiver(datagram);
                 let id = self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)?;
                 let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;

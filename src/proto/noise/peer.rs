@@ -99,9 +99,7 @@ impl Peer {
         if self.local.is_none() || self.is_sendable(shared, now) {
             return;
         }
-        // A session that the peer asked for a moment ago is about to be confirmed.
-        let awaited = self.keypairs.next.as_ref().is_some_and(|session| session.age(now.instant) < CROSSING);
-        self.start_attempt(!awaited, shared, now);
+        self.start_attempt(shared, now);
         self.timers.set(Timer::GiveUp, now.instant + shared.options.attempt_time);
         self.timers.set_if_unset(Timer::Silent, now.instant + shared.options.silent_after);
         self.reschedule(shared);
@@ -144,7 +142,7 @@ impl Peer {
         }
         session.accept(opened.counter);
         self.timers.clear(Timer::NoReply);
-        if self.keypairs.is_next(index) {
+        if self.keypairs.is_confirmed_by(index) {
             let fallen = self.keypairs.confirm_next();
             shared.retire(fallen);
             self.established(shared);
@@ -224,7 +222,7 @@ impl Peer {
         self.endpoint = from;
         let session = self.session(&keys, index, Role::Initiator, shared, now);
         let fallen = self.keypairs.install_current(session);
-        fallen.into_iter().for_each(|session| shared.retire(session));
+        shared.retire(fallen);
         self.established(shared);
         self.timers.clear(Timer::NoReply);
         // Data that the engine seals before it runs the timers takes the place of this keepalive.
@@ -238,7 +236,7 @@ impl Peer {
         while let Some(timer) = self.timers.take_due(now.instant) {
             match timer {
                 Timer::Expire => self.expire(shared, now),
-                Timer::NoReply => self.start_attempt(true, shared, now),
+                Timer::NoReply => self.start_attempt(shared, now),
                 Timer::GiveUp => self.give_up(shared),
                 Timer::Retry => self.retry(shared, now),
                 Timer::Silent => shared.events.push_back(Event::Silent(self.id)),
@@ -248,14 +246,16 @@ impl Peer {
         self.reschedule(shared);
     }
 
-    fn start_attempt(&mut self, at_once: bool, shared: &mut Shared, now: Now) {
+    fn start_attempt(&mut self, shared: &mut Shared, now: Now) {
         if self.attempt.is_some() || self.local.is_none() {
             return;
         }
         self.attempt = Some(Attempt { started: now.instant, retries: 0 });
         self.timers.set(Timer::Retry, now.instant + EARLY_RETRIES[0]);
         self.timers.set(Timer::GiveUp, now.instant + shared.options.attempt_time);
-        if at_once {
+        // A session that the peer asked for a moment ago is about to be confirmed; if it is not, the retry asks.
+        let awaited = self.keypairs.awaited().is_some_and(|session| session.age(now.instant) < CROSSING);
+        if !awaited {
             self.send_initiation(shared, now);
         }
     }
@@ -349,7 +349,7 @@ impl Peer {
         let Some(session) = &self.keypairs.current else { return };
         let old = session.role == Role::Initiator && session.age(now.instant) >= shared.options.rekey_after;
         if old || session.sealed() >= shared.options.rekey_after_messages {
-            self.start_attempt(true, shared, now);
+            self.start_attempt(shared, now);
         }
     }
 
@@ -360,7 +360,7 @@ impl Peer {
         if session.role == Role::Initiator
             && session.age(now.instant) >= shared.options.rekey_on_receiving_after()
         {
-            self.start_attempt(true, shared, now);
+            self.start_attempt(shared, now);
             self.reschedule(shared);
         }
     }

@@ -143,22 +143,29 @@ pub(super) struct Keypairs {
     pub(super) previous: Option<Box<Session>>,
     pub(super) current: Option<Box<Session>>,
     pub(super) next: Option<Box<Session>>,
+    /// `current` is newer than `next`, which therefore opens but never becomes current.
+    superseded: bool,
 }
 
 impl Keypairs {
-    /// The initiator knows that the peer has the keys: the session seals at once. Returns the sessions that fell out.
-    pub(super) fn install_current(&mut self, session: Session) -> [Option<Box<Session>>; 2] {
+    /// The initiator knows that the peer has the keys: the session seals at once. Returns the session that fell out.
+    ///
+    /// A session that the peer asked for meanwhile stays: the peer seals on it until it hears from the new one.
+    pub(super) fn install_current(&mut self, session: Session) -> Option<Box<Session>> {
+        self.superseded = true;
         let current = self.current.replace(Box::new(session));
-        // A session that the peer made meanwhile may be in use on its side, so it outlives an older one of ours.
-        match self.next.take() {
-            Some(next) => [self.previous.replace(next), current],
-            None => [std::mem::replace(&mut self.previous, current), None],
-        }
+        std::mem::replace(&mut self.previous, current)
     }
 
     /// The responder waits for the peer's first message. Returns the session that fell out.
     pub(super) fn install_next(&mut self, session: Session) -> Option<Box<Session>> {
+        self.superseded = false;
         self.next.replace(Box::new(session))
+    }
+
+    /// Whether the peer's first message on this session makes it the current one.
+    pub(super) fn is_confirmed_by(&self, index: ReceiverIndex) -> bool {
+        !self.superseded && self.next.as_ref().is_some_and(|session| session.local == index)
     }
 
     /// The peer's first message came: `next` seals from now on. Returns the session that fell out.
@@ -168,16 +175,17 @@ impl Keypairs {
         std::mem::replace(&mut self.previous, current)
     }
 
+    /// A session that waits for the peer's first message.
+    pub(super) fn awaited(&self) -> Option<&Session> {
+        self.next.as_deref().filter(|_| !self.superseded)
+    }
+
     pub(super) fn find(&mut self, index: ReceiverIndex) -> Option<&mut Box<Session>> {
         // The order of likelihood.
         [&mut self.current, &mut self.previous, &mut self.next]
             .into_iter()
             .flatten()
             .find(|session| session.local == index)
-    }
-
-    pub(super) fn is_next(&self, index: ReceiverIndex) -> bool {
-        self.next.as_ref().is_some_and(|session| session.local == index)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Session> {
