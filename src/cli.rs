@@ -155,6 +155,9 @@ pub struct Agent {
     /// The channel to the launcher.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
     pub channel_fd: RawFd,
+    /// The lock of the namespace, kept as long as the agent lives.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
+    pub lock_fd: RawFd,
 }
 
 /// Why there is nothing to run: a usage error, or help that was asked for.
@@ -320,7 +323,7 @@ mod tests {
             assert_eq!(refused(&format!("{LAUNCH} {wrong}")).0, Exit::Usage, "{wrong}");
         }
         assert_eq!(refused("tencrypt").0, Exit::Usage);
-        assert_eq!(refused("tencrypt agent --netns-fd 2 --channel-fd 3").0, Exit::Usage);
+        assert_eq!(refused("tencrypt agent --netns-fd 2 --channel-fd 3 --lock-fd 4").0, Exit::Usage);
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
             launcher::launch(arguments, &filter)
         }
         Command::Agent(arguments) => {
-            let channel = enter(arguments).map_err(Failure::kernel)?;
+            let (channel, _lock) = enter(arguments).map_err(Failure::kernel)?;
             match agent::run(channel).map_err(Failure::kernel)? {
                 ExitKind::Stopped => Ok(Exit::Good),
                 ExitKind::Failed(code) => Ok(Exit::from_code(code)),
@@ -81,15 +81,16 @@ fn hide_memory() -> anyhow::Result<()> {
 }
 
 /// Turns this process into an agent: hardened, in a session of its own (a terminal's signals are for the launcher, who
-/// orders the stop), in the pod's network namespace. Gives the channel to the launcher.
-fn enter(arguments: &cli::Agent) -> anyhow::Result<OwnedFd> {
+/// orders the stop), in the pod's network namespace. Gives the channel to the launcher, and the lock that it has to keep.
+fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
     hide_memory()?;
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
     nix::unistd::setsid().context("cannot start a session")?;
     let netns = sys::fd::take_inherited(arguments.netns_fd).context("--netns-fd")?;
     let channel = sys::fd::take_inherited(arguments.channel_fd).context("--channel-fd")?;
+    let lock = sys::fd::take_inherited(arguments.lock_fd).context("--lock-fd")?;
     enter_network_namespace(netns)?;
-    Ok(channel)
+    Ok((channel, lock))
 }
 
 /// Enters `netns`, and proves it.
