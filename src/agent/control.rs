@@ -413,7 +413,9 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                 Ok(_) => return Ok(true),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(ChannelError::Closed),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::CONNREFUSED | Errno::NOTCONN) => {
+                    return Err(ChannelError::Closed);
+                }
                 Err(e) => return Err(ChannelError::Send(e.into())),
             }
         }
@@ -441,10 +443,9 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                     }
                     break (got.bytes, got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC), fds);
                 }
-                Err(Errno::INTR) => {}
+                // Reset, once: the other end closed with unread messages of ours. Its own last ones are still to be read.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(Errno::AGAIN) => return Ok(None),
-                // The other end closed with unread messages of ours.
-                Err(Errno::CONNRESET) => return Ok(Some(Received::Closed)),
                 Err(e) => return Err(ChannelError::Receive(e.into())),
             }
         };
