@@ -31,8 +31,6 @@ const DNS_PORTS_MIN: usize = 1024;
 const DNS_PORTS_MAX: u16 = 8192;
 /// How many ports the agent keeps bound where the applications have nearly all.
 const DNS_PORTS_BOUND: u16 = 256;
-/// The highest usable port: a routing rule's range that ends at 65535 is refused (fib_rule_port_range_valid).
-const LAST_PORT: u16 = u16::MAX - 1;
 /// Ports below are for servers.
 const UNPRIVILEGED: u16 = 1024;
 /// Largest part of a dump: the kernel fills 32 KiB at most.
@@ -336,16 +334,19 @@ fn local_ports() -> Result<RangeInclusive<u16>, NetworkError> {
     }
 }
 
+/// Highest port that a range in a routing rule may end with: the kernel refuses 65,535.
+const PORT_MAX: u16 = 65_534;
+
 /// LO to HI: above the applications' ports, else below them, else 256 of theirs.
 fn dns_ports(local: &RangeInclusive<u16>, tunnel_port: u16) -> DnsPorts {
-    let above = local.end().checked_add(1).map(|low| low..=LAST_PORT);
+    let above = local.end().checked_add(1).map(|low| low..=PORT_MAX).filter(|range| !range.is_empty());
     let below =
         local.start().checked_sub(1).filter(|high| *high >= UNPRIVILEGED).map(|high| UNPRIVILEGED..=high);
     let free = [above, below].into_iter().flatten().map(|range| without(&range, tunnel_port));
     match free.into_iter().find(|range| range.len() >= DNS_PORTS_MIN) {
         Some(range) => DnsPorts { range: last(&range, DNS_PORTS_MAX), keep_bound: false },
         None => {
-            let top = last(&(0..=LAST_PORT), DNS_PORTS_BOUND);
+            let top = last(&(0..=PORT_MAX), DNS_PORTS_BOUND);
             let below = last(&(0..=*top.start() - 1), DNS_PORTS_BOUND);
             DnsPorts { range: if top.contains(&tunnel_port) { below } else { top }, keep_bound: true }
         }
@@ -385,7 +386,7 @@ mod tests {
     fn dns_ports_lie_outside_the_applications_ports() {
         let free = |range| DnsPorts { range, keep_bound: false };
         assert_eq!(ports(32_768..=60_999, 51_820), free(61_000..=65_534));
-        assert_eq!(ports(1_024..=40_000, 51_820), free(57_343..=65_534));
+        assert_eq!(ports(1_024..=40_000, 51_820), free(51_821 + 5_522..=65_534));
         assert_eq!(ports(32_768..=65_535, 51_820), free(24_576..=32_767));
         assert_eq!(ports(32_768..=65_000, 51_820), free(24_576..=32_767));
         assert_eq!(ports(2_048..=65_535, 51_820), free(1_024..=2_047));
@@ -401,7 +402,6 @@ mod tests {
             for tunnel_port in (0..=u16::MAX).step_by(97).chain([1_023, 1_024, 65_279, 65_280, 65_535]) {
                 let DnsPorts { range, keep_bound } = ports(local.clone(), tunnel_port);
                 assert!(!range.contains(&tunnel_port) && *range.start() >= UNPRIVILEGED);
-                assert!(*range.end() < 65_535);
                 assert!(if keep_bound { range.len() == 256 } else { range.len() >= 1_024 });
                 assert!(keep_bound || !local.clone().any(|port| range.contains(&port)));
             }
