@@ -39,7 +39,7 @@ const CHUNK_MAX: usize = MESSAGE_MAX - 16;
 /// Most endpoints of one VIP that are sent, over all its ports: at most 22 bytes each, so that a VIP fits one message.
 pub const VIP_ENDPOINTS_MAX: usize = 2_048;
 
-/// Most ports of one VIP that are sent; they and the endpoints stay below [`CHUNK_MAX`] together.
+/// Most ports of one VIP that are sent; they and the endpoints fit one message together.
 pub const VIP_PORTS_MAX: usize = 1_024;
 
 /// SCM_MAX_FD of the kernel: more never arrive in one packet, so received control data is never cut by our buffer.
