@@ -39,7 +39,7 @@ const CHUNK_MAX: usize = MESSAGE_MAX - 16;
 /// Most endpoints of one VIP that are sent, over all its ports: at most 22 bytes each, so that a VIP fits one message.
 pub const VIP_ENDPOINTS_MAX: usize = 2_048;
 
-/// Most ports of one VIP that are sent; they and the endpoints stay below [`CHUNK_MAX`] together.
+/// Most ports of one VIP that are sent; they and the endpoints fit one message together.
 pub const VIP_PORTS_MAX: usize = 1_024;
 
 /// SCM_MAX_FD of the kernel: more never arrive in one packet, so received control data is never cut by our buffer.
@@ -413,7 +413,9 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                 Ok(_) => return Ok(true),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(ChannelError::Closed),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::CONNREFUSED | Errno::NOTCONN) => {
+                    return Err(ChannelError::Closed);
+                }
                 Err(e) => return Err(ChannelError::Send(e.into())),
             }
         }
@@ -441,10 +443,9 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                     }
                     break (got.bytes, got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC), fds);
                 }
-                Err(Errno::INTR) => {}
+                // Reset, once: the other end closed with unread messages of ours. Its own last ones are still to be read.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(Errno::AGAIN) => return Ok(None),
-                // The other end closed with unread messages of ours.
-                Err(Errno::CONNRESET) => return Ok(Some(Received::Closed)),
                 Err(e) => return Err(ChannelError::Receive(e.into())),
             }
         };

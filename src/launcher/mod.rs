@@ -2,12 +2,12 @@
 //!
 //! `tencrypt launch`, in order:
 //!
-//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key ([`Plan`])
-//! 2. the namespace's lock, the guard's skeleton, the DNS helper ([`bring_up`])
+//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
+//! 2. the namespace's lock, the guard's skeleton, the DNS helper (`bring_up`)
 //! 3. the agent: `Init`, the directory, then its `Ready`
 //! 4. `protected …` on standard output
-//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's ([`supervise`])
-//! 6. on a signal: the agent removes what it made, and the guard goes last ([`take_down`])
+//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's (`supervise`)
+//! 6. on a signal: the agent removes what it made, and the guard goes last (`take_down`)
 //!
 //! A bring-up that fails, or is interrupted, is undone in reverse. An agent that ends by itself leaves the pod closed:
 //! guard, routes and `tenc0` stay. May touch: what its modules may.
