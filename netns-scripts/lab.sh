@@ -30,7 +30,7 @@ for part in common topology leaks daemons manifests agents capture control; do
 done
 
 write_env() {
-  local pod key project service v4 v6
+  local pod key service
   {
     cat <<END
 TENC_LAB=$LAB
@@ -69,12 +69,13 @@ ${key}_NODE_NS=$(ns "${NODE_OF[$pod]}")
 ${key}_LINK=p-$pod
 END
     done
-    while read -r project service v4 v6; do
-      [[ $v4 != None ]] || continue
-      key=${service^^}
-      [[ $project != kube-system ]] || key=DNS
-      printf '%s_VIP4=%s\n%s_VIP6=%s\n' "$key" "$v4" "$key" "$v6"
-    done < <(rows "$SERVICE_TABLE" | awk '!seen[$1 $2]++ { print $1, $2, $3, $4 }')
+    for service in "${SERVICES[@]}"; do
+      [[ ${SERVICE_V4[$service]} != None ]] || continue
+      key=${service#*/}
+      key=${key^^}
+      [[ $service != kube-system/* ]] || key=DNS
+      printf '%s_VIP4=%s\n%s_VIP6=%s\n' "$key" "${SERVICE_V4[$service]}" "$key" "${SERVICE_V6[$service]}"
+    done
     cat <<END
 DIRECTORY_SHOP=$RUN/directory/shop
 DIRECTORY_BANK=$RUN/directory/bank
@@ -100,25 +101,27 @@ missing_tools() {
 }
 
 up() {
-  local missing big start=${EPOCHREALTIME/./}
+  local missing start=${EPOCHREALTIME/./}
   missing=$(missing_tools)
   [[ -z $missing ]] || die "missing: $missing- run $SCRIPTS/deps.sh"
   mkdir -p /run/tencrypt-lab
   mkdir "$RUN" 2>/dev/null || die "lab '$LAB' is up already (or left over: run 'lab.sh down')"
-  trap 'note "up failed: cleaning up"; down' EXIT
+  BIG_JOB=
+  trap 'note "up failed: cleaning up"; [[ -z $BIG_JOB ]] || wait "$BIG_JOB" || true; down' EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
   mkdir "$RUN"/{pids,log,captures}
   make_web_roots
   make_big_file &
-  big=$!
+  BIG_JOB=$!
   make_topology
   make_leak_detector
   make_etc
   start_daemons
   make_directories
   wait_for_daemons
-  wait "$big" || die "no room for the large file under $RUN"
+  # The trap waits for it too: nothing writes into a folder that is being removed.
+  wait "$BIG_JOB" || die "no room for the large file under $RUN"
   write_env
   trap - EXIT INT TERM
   note "'$LAB' is up after $(((${EPOCHREALTIME/./} - start) / 1000)) ms"
@@ -143,7 +146,6 @@ strays() {
 down() {
   local names=() name pids=() tries=100
   trap - EXIT
-  wait_no_big_file
   if [[ -d $RUN/pids ]]; then
     mapfile -t names < <(ls "$RUN/pids")
     mapfile -t pids < <(printf '%s\n' "${names[@]}" | grep '^launch-' || true)
@@ -163,14 +165,6 @@ down() {
   done
   rm -rf "$RUN"
   rmdir /etc/netns /run/tencrypt-lab 2>/dev/null || true
-}
-
-# The background job of an interrupted `up` must not write into a folder that is being removed.
-wait_no_big_file() {
-  local job
-  for job in $(jobs -p -r); do
-    [[ $(<"/proc/$job/comm") != lab.sh ]] || kill "$job" 2>/dev/null || true
-  done
 }
 
 status() {

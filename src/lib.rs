@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod fault;
 pub mod launcher;
 pub mod proto;
 pub mod sys;

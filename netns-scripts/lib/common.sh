@@ -5,6 +5,7 @@
 # labs with different names do not meet. The host's own namespace is never touched.
 # shellcheck disable=SC2034  # the tables are read by the files that source this one
 
+PATH=$PATH:/usr/sbin:/sbin
 LAB=${TENC_LAB:-tenc}
 PORT=${TENC_PORT:-51820}
 RUN=/run/tencrypt-lab/$LAB
@@ -59,6 +60,19 @@ while read -r name project node v4 v6; do
   PROJECT_OF[$name]=$project NODE_OF[$name]=$node V4[$name]=$v4 V6[$name]=$v6
 done <<<"$POD_TABLE"
 
+# By `project/service`. SERVICE_PORTS has lines of: port name, protocol, port, target port.
+SERVICES=()
+declare -A SERVICE_V4 SERVICE_V6 SERVICE_PORTS SERVICE_PODS
+while read -r project name v4 v6 ports_and_pods; do
+  [[ -n $name ]] || continue
+  service=$project/$name
+  [[ -n ${SERVICE_V4[$service]:-} ]] || SERVICES+=("$service")
+  SERVICE_V4[$service]=$v4 SERVICE_V6[$service]=$v6
+  SERVICE_PORTS[$service]+=${SERVICE_PORTS[$service]:+$'\n'}${ports_and_pods% *}
+  SERVICE_PODS[$service]=${ports_and_pods##* }
+done <<<"$SERVICE_TABLE"
+unset project name node v4 v6 service ports_and_pods
+
 NODES=(node1 node2)
 NAMESPACES=(fabric node1 node2 ext "${PODS[@]}")
 
@@ -71,18 +85,20 @@ ns() { printf '%s-%s' "$LAB" "$1"; }
 # inside NAME CMD...: run in the network namespace alone (no mounts; /proc/sys/net follows).
 inside() { local name=$1; shift; nsenter --net="/run/netns/$LAB-$name" -- "$@"; }
 
-# rows TABLE: the table without its empty lines.
-rows() { sed '/^$/d' <<<"$1"; }
-
 is_pod() { [[ -n ${1:-} && -n ${PROJECT_OF[$1]:-} ]]; }
 
 need_root() { [[ $EUID -eq 0 ]] || die "needs root (namespaces): run it with sudo"; }
 
-need_up() { [[ -e $RUN/lab.env ]] || die "lab '$LAB' is not up: run '$SCRIPTS/lab.sh up'"; }
+# The tunnel port of a lab is the one it was made with.
+need_up() {
+  [[ -e $RUN/lab.env ]] || die "lab '$LAB' is not up: run '$SCRIPTS/lab.sh up'"
+  PORT=$(sed -n 's/^TUNNEL_PORT=//p' "$RUN/lab.env")
+}
 
 check_name() {
   [[ $LAB =~ ^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || die "TENC_LAB='$LAB': use lower-case letters, digits and '-'"
   [[ $PORT =~ ^[0-9]{1,5}$ && $PORT -ge 1 && $PORT -le 65535 ]] || die "TENC_PORT='$PORT' is no port"
+  [[ ${TENC_LAB_RP_FILTER:-0} =~ ^[012]$ ]] || die "TENC_LAB_RP_FILTER='$TENC_LAB_RP_FILTER': use 0, 1 or 2"
 }
 
 # start_time PID: the kernel's start time of a process; with the PID it names one process for ever.

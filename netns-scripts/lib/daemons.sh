@@ -3,31 +3,27 @@
 
 # Hosts lines: every address of a name, the reverse name being the first name of a line.
 dns_hosts() {
-  local project service v4 v6 pod pods dashed seen=
-  while read -r project service v4 v6 _ _ _ _ pods; do
-    [[ $seen != *" $project/$service "* ]] || continue
-    seen+=" $project/$service "
-    IFS=, read -ra pods <<<"$pods"
-    if [[ $v4 != None ]]; then
-      printf '%s %s.%s.svc.%s\n%s %s.%s.svc.%s\n' "$v4" "$service" "$project" "$ZONE" "$v6" "$service" "$project" "$ZONE"
+  local service name pods pod address
+  for service in "${SERVICES[@]}"; do
+    name=${service#*/}.${service%/*}.svc.$ZONE
+    if [[ ${SERVICE_V4[$service]} != None ]]; then
+      printf '%s %s\n' "${SERVICE_V4[$service]}" "$name" "${SERVICE_V6[$service]}" "$name"
       continue
     fi
+    IFS=, read -ra pods <<<"${SERVICE_PODS[$service]}"
     for pod in "${pods[@]}"; do
-      for dashed in "${V4[$pod]}" "${V6[$pod]}"; do
-        printf '%s %s.%s.%s.svc.%s %s.%s.svc.%s\n' "$dashed" "$(dashed "$dashed")" \
-          "$service" "$project" "$ZONE" "$service" "$project" "$ZONE"
+      # The name of an endpoint: 10.1.1.12 is 10-1-1-12.
+      for address in "${V4[$pod]}" "${V6[$pod]}"; do
+        printf '%s %s.%s %s\n' "$address" "${address//[.:]/-}" "$name" "$name"
       done
     done
-  done < <(rows "$SERVICE_TABLE")
-  printf '%s %s\n%s %s\n' "$EXT_V4" "$EXT_NAME" "$EXT_V6" "$EXT_NAME"
+  done
+  printf '%s %s\n' "$EXT_V4" "$EXT_NAME" "$EXT_V6" "$EXT_NAME"
 }
-
-# dashed ADDRESS: 10.1.1.12 -> 10-1-1-12, as in the name of an endpoint.
-dashed() { printf '%s' "${1//[.:]/-}"; }
 
 # Every name answers alike each time: no round robin, fixed TTLs. Whatever is not listed does not exist.
 dns_config() {
-  local project service v4 pname proto port pods pod address i text done=
+  local service name pname proto port i text
   cat <<END
 user=root
 group=root
@@ -49,22 +45,13 @@ txt-record=note.shop.svc.$ZONE,ledgers are sealed,twice
 dns-rr=strange.shop.svc.$ZONE,65280,0a1b2c3d4e5f
 cname=ext.shop.svc.$ZONE,$EXT_NAME
 END
-  while read -r project service v4 _ pname proto port _ pods; do
-    if [[ $v4 != None ]]; then
-      printf 'srv-host=_%s._%s.%s.%s.svc.%s,%s.%s.svc.%s,%d,0,100\n' "$pname" "$proto" \
-        "$service" "$project" "$ZONE" "$service" "$project" "$ZONE" "$port"
-    else
-      IFS=, read -ra pods <<<"$pods"
-      for pod in "${pods[@]}"; do
-        for address in "${V4[$pod]}" "${V6[$pod]}"; do
-          printf 'srv-host=_%s._%s.%s.%s.svc.%s,%s.%s.%s.svc.%s,%d,0,25\n' "$pname" "$proto" "$service" \
-            "$project" "$ZONE" "$(dashed "$address")" "$service" "$project" "$ZONE" "$port"
-        done
-      done
-    fi
-    # A name with children exists: asking for it gives an empty answer, not NXDOMAIN.
-    [[ $done == *" $project "* ]] || done+=" $project "
-  done < <(rows "$SERVICE_TABLE")
+  # One SRV record per port: dnsmasq would rotate several.
+  for service in "${SERVICES[@]}"; do
+    name=${service#*/}.${service%/*}.svc.$ZONE
+    while read -r pname proto port _; do
+      printf 'srv-host=_%s._%s.%s,%s,%d,0,100\n' "$pname" "$proto" "$name" "$name" "$port"
+    done <<<"${SERVICE_PORTS[$service]}"
+  done
   # Twelve records of 250 bytes: a 3 KB answer.
   for i in {a..l}; do
     printf -v text '%250s' ''

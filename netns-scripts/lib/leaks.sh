@@ -83,8 +83,9 @@ leak_table() {
         for class in "${LEAK_CLASSES[@]}" "${NO_LEAK_CLASSES[@]}"; do
           printf '  counter %s_%s_%s-%s { }\n' "$pod" "$family" "$direction" "$class"
         done
-        printf '  chain %s_%s_%s {\n%s\n  }\n' "$pod" "$family" "$direction" \
-          "$(judge "${pod}_${family}_$direction" $family)"
+        printf '  chain %s_%s_%s {\n' "$pod" "$family" "$direction"
+        judge "${pod}_${family}_$direction" $family
+        printf '  }\n'
       done
       if [[ $direction == out ]]; then hook=ingress; else hook=egress; fi
       printf '  chain %s_%s {\n    type filter hook %s device "p-%s" priority 0; policy accept;\n' \
@@ -103,10 +104,12 @@ leak_table() {
 }
 
 make_leak_detector() {
-  local node
+  local node jobs=() job
   for node in "${NODES[@]}"; do
-    leak_table "$node" | inside "$node" nft -f - || die "the leak detector needs nft's netdev egress hook (Linux 5.16)"
+    leak_table "$node" | inside "$node" nft -f - &
+    jobs+=($!)
   done
+  for job in "${jobs[@]}"; do wait "$job" || die "the leak detector needs nft's netdev egress hook (Linux 5.16)"; done
 }
 
 # leak_counters [reset]: lines of POD FAMILY DIRECTION CLASS PACKETS, zeros included.

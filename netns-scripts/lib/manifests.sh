@@ -1,27 +1,37 @@
 # shellcheck shell=bash
 # The directories of the projects: what `kubectl get -o yaml` shows of each object, one file per object.
 
-# uid SEED: a stable UUID.
-uid() {
-  local h
-  h=$(printf '%s' "$1" | md5sum)
-  printf '%s-%s-4%s-a%s-%s' "${h:0:8}" "${h:8:4}" "${h:13:3}" "${h:17:3}" "${h:20:12}"
-}
+# The functions print and call each other in sequence: a subshell per line would cost seconds.
 
 CREATED=2025-01-01T00:00:00Z
 
+# uid SEED: a stable UUID, into REPLY (FNV-1a, continued for each of its four words).
+uid() {
+  local hash=2166136261 words=() char i round
+  for round in 1 2 3 4; do
+    for ((i = 0; i < ${#1}; i++)); do
+      printf -v char %d "'${1:i:1}"
+      hash=$((((hash ^ char ^ round) * 16777619) & 0xffffffff))
+    done
+    words+=("$hash")
+  done
+  printf -v REPLY '%08x%08x%08x%08x' "${words[@]}"
+  REPLY=${REPLY:0:8}-${REPLY:8:4}-4${REPLY:13:3}-a${REPLY:17:3}-${REPLY:20:12}
+}
+
+# metadata NAMESPACE NAME KIND: up to the UID; labels follow.
 metadata() {
-  printf 'metadata:\n  creationTimestamp: "%s"\n  name: %s\n' $CREATED "$2"
+  printf 'metadata:\n  creationTimestamp: "%s"\n  name: %s\n' "$CREATED" "$2"
   [[ -z $1 ]] || printf '  namespace: %s\n' "$1"
-  printf '  resourceVersion: "1000"\n  uid: %s\n' "$(uid "$1/$2/$3")"
+  uid "$1/$2/$3"
+  printf '  resourceVersion: "1000"\n  uid: %s\n' "$REPLY"
 }
 
 node_manifest() {
   local node=$1 n=${1#node}
+  printf 'apiVersion: v1\nkind: Node\n'
+  metadata '' "$node" Node
   cat <<END
-apiVersion: v1
-kind: Node
-$(metadata '' "$node" Node)
   labels:
     kubernetes.io/hostname: $node
     kubernetes.io/os: linux
@@ -44,26 +54,27 @@ status:
 END
 }
 
-# app POD: the label its Service selects by.
+# app POD: the label its Service selects by, into REPLY.
 app() {
   case $1 in
-    shop-web[12]) printf 'web' ;;
-    bank-server) printf 'ledger' ;;
-    *) printf '%s' "$1" ;;
+    shop-web[12]) REPLY=web ;;
+    bank-server) REPLY=ledger ;;
+    *) REPLY=$1 ;;
   esac
 }
 
 pod_manifest() {
-  local pod=$1 n=${NODE_OF[$1]#node}
+  local pod=$1 n=${NODE_OF[$1]#node} app
+  app "$pod"
+  app=$REPLY
+  printf 'apiVersion: v1\nkind: Pod\n'
+  metadata "${PROJECT_OF[$pod]}" "$pod" Pod
   cat <<END
-apiVersion: v1
-kind: Pod
-$(metadata "${PROJECT_OF[$pod]}" "$pod" Pod)
   labels:
-    app: $(app "$pod")
+    app: $app
 spec:
   containers:
-  - image: registry.example.test/$(app "$pod"):1
+  - image: registry.example.test/$app:1
     name: main
   dnsPolicy: ClusterFirst
   nodeName: ${NODE_OF[$pod]}
@@ -90,58 +101,51 @@ status:
 END
 }
 
-# ports_of PROJECT SERVICE: its rows of the table, one per port.
-ports_of() { rows "$SERVICE_TABLE" | awk -v p="$1" -v s="$2" '$1 == p && $2 == s'; }
-
+# service_manifest PROJECT/SERVICE
 service_manifest() {
-  local project=$1 service=$2 v4 v6 pname proto port target pods
-  read -r _ _ v4 v6 _ _ _ _ pods < <(ports_of "$project" "$service")
-  cat <<END
-apiVersion: v1
-kind: Service
-$(metadata "$project" "$service" Service)
-spec:
-  clusterIP: $v4
-  clusterIPs:
-  - $v4
-END
+  local service=$1 v4=${SERVICE_V4[$1]} v6=${SERVICE_V6[$1]} pname proto port target
+  printf 'apiVersion: v1\nkind: Service\n'
+  metadata "${service%/*}" "${service#*/}" Service
+  printf 'spec:\n  clusterIP: %s\n  clusterIPs:\n  - %s\n' "$v4" "$v4"
   [[ $v6 == None ]] || printf '  - %s\n' "$v6"
   printf '  internalTrafficPolicy: Cluster\n  ipFamilies:\n  - IPv4\n  - IPv6\n  ipFamilyPolicy: PreferDualStack\n  ports:\n'
-  while read -r _ _ _ _ pname proto port target _; do
+  while read -r pname proto port target; do
     printf '  - name: %s\n    port: %s\n    protocol: %s\n    targetPort: %s\n' "$pname" "$port" "${proto^^}" "$target"
-  done < <(ports_of "$project" "$service")
-  printf '  selector:\n    app: %s\n  sessionAffinity: None\n  type: ClusterIP\nstatus:\n  loadBalancer: {}\n' \
-    "$(app "${pods%%,*}")"
+  done <<<"${SERVICE_PORTS[$service]}"
+  app "${SERVICE_PODS[$service]%%,*}"
+  printf '  selector:\n    app: %s\n  sessionAffinity: None\n  type: ClusterIP\nstatus:\n  loadBalancer: {}\n' "$REPLY"
 }
 
+# slice_manifest PROJECT/SERVICE FAMILY: FAMILY is IPv4 or IPv6.
 slice_manifest() {
-  local project=$1 service=$2 family=$3 name pods pod pname proto target headless=
-  name=$service-${family,,}
-  read -r _ _ v4 _ _ _ _ _ pods < <(ports_of "$project" "$service")
-  [[ $v4 != None ]] || headless='    service.kubernetes.io/headless: ""'$'\n'
+  local service=$1 family=$2 project=${1%/*} name=${1#*/} pods pod address pname proto target
+  printf 'addressType: %s\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n' "$family"
+  metadata "$project" "$name-${family,,}" EndpointSlice
+  uid "$project/$name/Service"
   cat <<END
-addressType: $family
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-$(metadata "$project" "$name" EndpointSlice)
-  generateName: $service-
+  generateName: $name-
   labels:
     endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io
-    kubernetes.io/service-name: $service
-${headless}  ownerReferences:
+    kubernetes.io/service-name: $name
+END
+  [[ ${SERVICE_V4[$service]} != None ]] || printf '    service.kubernetes.io/headless: ""\n'
+  cat <<END
+  ownerReferences:
   - apiVersion: v1
     blockOwnerDeletion: true
     controller: true
     kind: Service
-    name: $service
-    uid: $(uid "$project/$service/Service")
+    name: $name
+    uid: $REPLY
 endpoints:
 END
-  IFS=, read -ra pods <<<"$pods"
+  IFS=, read -ra pods <<<"${SERVICE_PODS[$service]}"
   for pod in "${pods[@]}"; do
+    if [[ $family == IPv4 ]]; then address=${V4[$pod]}; else address=${V6[$pod]}; fi
+    uid "$project/$pod/Pod"
     cat <<END
 - addresses:
-  - $(if [[ $family == IPv4 ]]; then printf '%s' "${V4[$pod]}"; else printf '%s' "${V6[$pod]}"; fi)
+  - $address
   conditions:
     ready: true
     serving: true
@@ -151,20 +155,19 @@ END
     kind: Pod
     name: $pod
     namespace: $project
-    uid: $(uid "$project/$pod/Pod")
+    uid: $REPLY
 END
   done
   printf 'ports:\n'
-  while read -r _ _ _ _ pname proto _ target _; do
+  while read -r pname proto _ target; do
     printf -- '- name: %s\n  port: %s\n  protocol: %s\n' "$pname" "$target" "${proto^^}"
-  done < <(ports_of "$project" "$service")
+  done <<<"${SERVICE_PORTS[$service]}"
 }
 
 external_name_manifest() {
+  printf 'apiVersion: v1\nkind: Service\n'
+  metadata shop ext Service
   cat <<END
-apiVersion: v1
-kind: Service
-$(metadata shop ext Service)
 spec:
   externalName: $EXT_NAME
   sessionAffinity: None
@@ -175,16 +178,18 @@ END
 }
 
 make_directory() {
-  local project=$1 dir=$RUN/directory/$1 node pod service
+  local project=$1 dir=$RUN/directory/$1 node pod service name
   mkdir -p "$dir"
   for node in "${NODES[@]}"; do node_manifest "$node" >"$dir/node-$node.yaml"; done
   for pod in "${PROJECT_PODS[@]}"; do
     [[ ${PROJECT_OF[$pod]} != "$project" ]] || pod_manifest "$pod" >"$dir/pod-$pod.yaml"
   done
-  for service in $(rows "$SERVICE_TABLE" | awk -v p="$project" '$1 == p && !seen[$2]++ { print $2 }'); do
-    service_manifest "$project" "$service" >"$dir/service-$service.yaml"
-    slice_manifest "$project" "$service" IPv4 >"$dir/endpointslice-$service-ipv4.yaml"
-    slice_manifest "$project" "$service" IPv6 >"$dir/endpointslice-$service-ipv6.yaml"
+  for service in "${SERVICES[@]}"; do
+    [[ $service == "$project/"* ]] || continue
+    name=${service#*/}
+    service_manifest "$service" >"$dir/service-$name.yaml"
+    slice_manifest "$service" IPv4 >"$dir/endpointslice-$name-ipv4.yaml"
+    slice_manifest "$service" IPv6 >"$dir/endpointslice-$name-ipv6.yaml"
   done
   [[ $project != shop ]] || external_name_manifest >"$dir/service-ext.yaml"
 }

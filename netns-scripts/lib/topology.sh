@@ -26,7 +26,7 @@ make_namespaces() {
 # Sysctls that interfaces inherit when they are made. Duplicate address detection only costs time here
 # (and fails behind a hairpin bridge port, which reflects a pod's own packets).
 preset_sysctls() {
-  local name all=() dad=(ipv6/conf/all/disable_ipv6=0 ipv6/conf/default/disable_ipv6=0
+  local name pod=() dad=(ipv6/conf/all/disable_ipv6=0 ipv6/conf/default/disable_ipv6=0
     ipv6/conf/all/accept_dad=0 ipv6/conf/default/accept_dad=0)
   local router=(ipv4/ip_forward=1 ipv6/conf/all/forwarding=1 ipv6/conf/default/forwarding=1
     ipv4/conf/all/rp_filter=0 ipv4/conf/default/rp_filter=0
@@ -35,13 +35,11 @@ preset_sysctls() {
   # As on a Kubernetes node: bridged packets pass the nft hooks, so a reply between two pods of one
   # bridge gets its VIP back.
   sysctls node1 bridge/bridge-nf-call-iptables=1 bridge/bridge-nf-call-ip6tables=1
-  case ${TENC_LAB_RP_FILTER:-} in
-    '') ;;
-    [012]) all=("ipv4/conf/all/rp_filter=$TENC_LAB_RP_FILTER" "ipv4/conf/default/rp_filter=$TENC_LAB_RP_FILTER") ;;
-    *) die "TENC_LAB_RP_FILTER='$TENC_LAB_RP_FILTER': use 0, 1 or 2" ;;
-  esac
+  if [[ -n ${TENC_LAB_RP_FILTER:-} ]]; then
+    pod=("ipv4/conf/all/rp_filter=$TENC_LAB_RP_FILTER" "ipv4/conf/default/rp_filter=$TENC_LAB_RP_FILTER")
+  fi
   sysctls ext "${dad[@]}"
-  for name in "${PODS[@]}"; do sysctls "$name" "${dad[@]}" "${all[@]}"; done
+  for name in "${PODS[@]}"; do sysctls "$name" "${dad[@]}" "${pod[@]}"; done
 }
 
 make_fabric() {
@@ -156,19 +154,21 @@ END
 
 # One DNAT rule per endpoint, chosen at random like kube-proxy's.
 service_rules() {
-  local project service v4 v6 pname proto port target pods pod left
-  while read -r project service v4 v6 pname proto port target pods; do
-    [[ $v4 != None ]] || continue
-    IFS=, read -ra pods <<<"$pods"
-    left=${#pods[@]}
-    for pod in "${pods[@]}"; do
-      cat <<END
-    ip daddr $v4 $proto dport $port numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target comment "$project/$service:$pname"
-    ip6 daddr $v6 $proto dport $port numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target comment "$project/$service:$pname"
+  local service pname proto port target pods pod left
+  for service in "${SERVICES[@]}"; do
+    [[ ${SERVICE_V4[$service]} != None ]] || continue
+    IFS=, read -ra pods <<<"${SERVICE_PODS[$service]}"
+    while read -r pname proto port target; do
+      left=${#pods[@]}
+      for pod in "${pods[@]}"; do
+        cat <<END
+    ip daddr ${SERVICE_V4[$service]} $proto dport $port numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target comment "$service:$pname"
+    ip6 daddr ${SERVICE_V6[$service]} $proto dport $port numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target comment "$service:$pname"
 END
-      left=$((left - 1))
-    done
-  done < <(rows "$SERVICE_TABLE")
+        left=$((left - 1))
+      done
+    done <<<"${SERVICE_PORTS[$service]}"
+  done
   cat <<END
     ip daddr $SHOP_POOL4 tcp dport 80 numgen random mod 2 == 0 dnat ip to ${V4[shop-web1]}:8080
     ip daddr $SHOP_POOL4 tcp dport 80 dnat ip to ${V4[shop-web2]}:8080

@@ -3,10 +3,13 @@
 //! A directory is a set of entries; a [`Change`] sets or removes one entry. Changes between two generations are
 //! applied together, so the engine never sees half an update.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::Now;
 use super::noise::{PresharedKey, PublicKey};
 
 /// IP protocol of a Service port, as its IANA number.
@@ -80,4 +83,135 @@ pub enum Change {
     SetExempt(IpAddr),
     /// The address is no longer exempt.
     RemoveExempt(IpAddr),
+}
+
+/// A server accepts a VIP and port this long after the last slice that listed it is gone.
+const SERVED_AFTER_REMOVAL: Duration = Duration::from_secs(60);
+
+/// The engine's copy of the directory.
+#[derive(Debug, Default)]
+pub struct Directory {
+    own: Vec<IpAddr>,
+    workloads: BTreeMap<IpAddr, Workload>,
+    vips: BTreeMap<IpAddr, Vip>,
+    exempt: BTreeSet<IpAddr>,
+    /// (VIP, protocol, port) for which we are an endpoint: our address and target port, and until when if it was removed.
+    served: BTreeMap<(IpAddr, u8, u16), Served>,
+}
+
+#[derive(Debug)]
+struct Served {
+    target: (IpAddr, u16),
+    until: Option<Instant>,
+}
+
+/// What a change did, for routing and peers.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A workload appeared, or its keys changed.
+    WorkloadSet(Workload),
+    /// A workload is gone.
+    WorkloadRemoved(IpAddr),
+    /// A VIP appeared or changed.
+    VipSet(IpAddr),
+    /// A VIP is gone.
+    VipRemoved(IpAddr),
+    /// Nothing that concerns anybody else.
+    None,
+}
+
+impl Directory {
+    /// An empty directory of the pod with the addresses `own`.
+    #[must_use]
+    pub fn new(own: Vec<IpAddr>) -> Self {
+        Self { own, ..Self::default() }
+    }
+
+    /// Applies one change.
+    pub fn apply(&mut self, change: Change, now: Now) -> Effect {
+        match change {
+            Change::SetWorkload(workload) => {
+                if self.own.contains(&workload.address)
+                    || self.workloads.get(&workload.address) == Some(&workload)
+                {
+                    return Effect::None;
+                }
+                self.workloads.insert(workload.address, workload.clone());
+                Effect::WorkloadSet(workload)
+            }
+            Change::RemoveWorkload(address) => match self.workloads.remove(&address) {
+                Some(_) => Effect::WorkloadRemoved(address),
+                None => Effect::None,
+            },
+            Change::SetVip(vip) => {
+                let address = vip.address;
+                self.serve(&vip, now);
+                self.vips.insert(address, vip);
+                Effect::VipSet(address)
+            }
+            Change::RemoveVip(address) => {
+                self.retire(address, now);
+                match self.vips.remove(&address) {
+                    Some(_) => Effect::VipRemoved(address),
+                    None => Effect::None,
+                }
+            }
+            Change::SetExempt(address) => {
+                self.exempt.insert(address);
+                Effect::None
+            }
+            Change::RemoveExempt(address) => {
+                self.exempt.remove(&address);
+                Effect::None
+            }
+        }
+    }
+
+    fn serve(&mut self, vip: &Vip, now: Now) {
+        self.retire(vip.address, now);
+        for port in &vip.ports {
+            if let Some(endpoint) = port.endpoints.iter().find(|e| self.own.contains(&e.address)) {
+                let served = Served { target: (endpoint.address, endpoint.port), until: None };
+                self.served.insert((vip.address, port.protocol as u8, port.port), served);
+            }
+        }
+    }
+
+    fn retire(&mut self, vip: IpAddr, now: Now) {
+        self.served.retain(|_, served| served.until.is_none_or(|until| until > now.instant));
+        for (_, served) in self.served.range_mut((vip, 0, 0)..=(vip, u8::MAX, u16::MAX)) {
+            served.until.get_or_insert(now.instant + SERVED_AFTER_REMOVAL);
+        }
+    }
+
+    /// Our own address and target port for a VIP and port that we are an endpoint of.
+    #[must_use]
+    pub fn target(&self, vip: IpAddr, protocol: u8, port: u16, now: Now) -> Option<(IpAddr, u16)> {
+        let served = self.served.get(&(vip, protocol, port))?;
+        served.until.is_none_or(|until| until > now.instant).then_some(served.target)
+    }
+
+    /// Whether `address` is a VIP that we serve at least one port of, or did so within the last minute.
+    #[must_use]
+    pub fn serves(&self, vip: IpAddr) -> bool {
+        self.served.range((vip, 0, 0)..=(vip, u8::MAX, u16::MAX)).next().is_some()
+    }
+
+    /// The VIP with this address.
+    #[must_use]
+    pub fn vip(&self, address: IpAddr) -> Option<&Vip> {
+        self.vips.get(&address)
+    }
+
+    /// Whether a peer has this address.
+    #[must_use]
+    pub fn is_workload(&self, address: IpAddr) -> bool {
+        self.workloads.contains_key(&address)
+    }
+
+    /// Whether the address is never learned, whatever DNS says.
+    #[must_use]
+    pub fn is_exempt(&self, address: IpAddr) -> bool {
+        self.exempt.contains(&address)
+    }
 }

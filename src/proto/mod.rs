@@ -1,12 +1,55 @@
-//! The core, sans-IO: time, randomness and bytes come in as arguments.
+//! The core, sans-IO: time, randomness and bytes come in as arguments; `handle_*` in, `poll_*` out.
+//!
+//! [`Engine`] has one owner, the driver's thread. The driver reads into the engine's own buffers
+//! ([`Engine::capture_buffer`], [`Engine::receive_buffer`]), says what arrived, and then polls until nothing is left:
+//! datagrams for peers, packets for the pod, queries for resolvers, batches for the control thread.
+//!
+//! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
+//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`drop`] (every way to end).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use hickory_proto::rr::Name;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha20Rng;
+
+use crate::wire::coalesce::Coalescer;
+use crate::wire::icmp::{self, IcmpError};
+use crate::wire::udp::udp_packet;
+use crate::wire::vnet::VnetHeader;
+
+pub mod balance;
 pub mod directory;
+pub mod dns;
 pub mod drop;
+pub mod inbound;
+pub mod mtu;
+pub mod nat;
 pub mod noise;
+pub mod outbound;
+pub mod peers;
+pub mod routing;
+#[cfg(test)]
+mod tests;
+
+use directory::{Change, Directory, Effect};
+use dns::{Dns, Forward, QueryId, StreamId};
+use drop::{Counters, DropReason};
+use inbound::Held;
+use nat::Flows;
+use noise::{Identity, Transport};
+use outbound::FragmentTable;
+use peers::{Peers, Transmit, Transmits};
+use routing::{Batch, BatchId, Routing};
+
+/// Largest packet the kernel hands over or takes: vnet header and 64 KiB.
+pub const BUFFER_LEN: usize = 10 + 65_536;
+/// Flows are swept once a second while there are any.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The two clocks the protocol reads, taken once per wake-up by the driver.
 #[derive(Clone, Copy, Debug)]
@@ -15,4 +58,354 @@ pub struct Now {
     pub instant: Instant,
     /// Wall-clock time since the Unix epoch, for handshake time stamps only.
     pub wall: Duration,
+}
+
+/// What an engine is made from.
+pub struct Config {
+    /// Own addresses with their static keys; at most one per family is used as source.
+    pub identities: Vec<Identity>,
+    /// Tunnel port of the key domain.
+    pub port: u16,
+    /// Resolvers whose port 53 is captured.
+    pub resolvers: Vec<IpAddr>,
+    /// The project's zone; none: nothing is learned from DNS.
+    pub zone: Option<Name>,
+    /// MTU of the pod's link, in bytes.
+    pub link_mtu: u32,
+    /// Randomness: indices, ids, jitter, hash keys, endpoint choice.
+    pub seed: [u8; 32],
+    /// The protocol's times and limits.
+    pub options: noise::Options,
+    /// Merge received packets into super-packets (needs a TUN that takes them).
+    pub coalesce: bool,
+    /// Merge datagrams too (Linux 6.2 and later take such trains).
+    pub coalesce_udp: bool,
+    /// False only in the test build that shows what the DNS gate is for.
+    pub dns_gate: bool,
+}
+
+/// What became of a captured packet that the engine does not keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Captured {
+    /// Taken care of.
+    Done,
+    /// DNS over TCP: the driver passes the capture buffer on to the helper namespace, as it is.
+    DnsStream,
+}
+
+/// A packet for the pod's stack: the vnet header, then all parts one behind the other.
+#[derive(Debug)]
+pub struct Inject<'a> {
+    /// Offload state.
+    pub vnet: VnetHeader,
+    /// Where the parts lie.
+    pub buffer: &'a [u8],
+    /// Parts of the packet, in order.
+    pub parts: &'a [std::ops::Range<usize>],
+}
+
+/// One agent's decisions.
+pub struct Engine {
+    own: Vec<IpAddr>,
+    port: u16,
+    link_mtu: u32,
+    balance_seed: [u8; 16],
+    rng: ChaCha20Rng,
+    capture: Vec<u8>,
+    receive: Vec<u8>,
+    dns: Dns,
+    directory: Directory,
+    routing: Routing,
+    peers: Peers,
+    flows: Flows,
+    fragments: FragmentTable,
+    held: Held,
+    transmits: Transmits,
+    control: Option<(SocketAddr, Vec<u8>)>,
+    coalescer: Coalescer,
+    coalesce: bool,
+    next_train: usize,
+    owned: VecDeque<(VnetHeader, Vec<u8>)>,
+    owned_now: (Vec<u8>, [std::ops::Range<usize>; 1]),
+    forwards: VecDeque<Forward>,
+    next_sweep: Option<Instant>,
+    counters: Counters,
+}
+
+impl Engine {
+    /// An engine that knows its own addresses and nothing else.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let mut rng = ChaCha20Rng::from_seed(config.seed);
+        let own: Vec<IpAddr> = config.identities.iter().map(|identity| identity.address).collect();
+        let mut balance_seed = [0; 16];
+        rng.fill_bytes(&mut balance_seed);
+        let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
+        let mut coalescer = Coalescer::new();
+        coalescer.merge_udp(config.coalesce_udp);
+        let transport = Transport::new(config.identities, config.options, ChaCha20Rng::from_rng(&mut rng));
+        Self {
+            port: config.port,
+            link_mtu: config.link_mtu,
+            balance_seed,
+            capture: vec![0; BUFFER_LEN],
+            receive: vec![0; BUFFER_LEN],
+            dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
+            directory: Directory::new(own.clone()),
+            routing: Routing::new(),
+            peers: Peers::new(transport, config.port, peer_seed),
+            flows: Flows::new(flow_seed),
+            fragments: FragmentTable::new(),
+            held: Held::new(),
+            transmits: Transmits::default(),
+            control: None,
+            coalescer,
+            coalesce: config.coalesce,
+            next_train: 0,
+            owned: VecDeque::new(),
+            owned_now: (Vec::new(), [0..0]),
+            forwards: VecDeque::new(),
+            next_sweep: None,
+            counters: Counters::default(),
+            own,
+            rng,
+        }
+    }
+
+    /// The directory changed. All changes take effect together.
+    pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
+        for change in changes {
+            match self.directory.apply(change, now) {
+                Effect::WorkloadSet(workload) => {
+                    self.routing.add_from_directory(workload.address);
+                    self.peers.set(workload, now);
+                }
+                Effect::WorkloadRemoved(address) => {
+                    let staged = self.peers.remove(address);
+                    self.counters.drop_many(DropReason::PeerGone, staged as u64);
+                    if self.directory.vip(address).is_none() {
+                        self.routing.remove_from_directory(address, now);
+                    }
+                }
+                Effect::VipSet(address) => self.routing.add_from_directory(address),
+                Effect::VipRemoved(address) => {
+                    if !self.directory.is_workload(address) {
+                        self.routing.remove_from_directory(address, now);
+                    }
+                }
+                Effect::None => {}
+            }
+        }
+        self.retry_unrouted(now);
+        self.retry_held(now);
+        self.settle(now);
+    }
+
+    /// The control thread finished a batch.
+    pub fn handle_applied(&mut self, batch: BatchId, ok: bool, now: Now) {
+        self.routing.handle_applied(batch, ok, now);
+        self.retry_held(now);
+        self.settle(now);
+    }
+
+    /// An answer, or what claims to be one, came on the socket of `query`.
+    pub fn handle_dns_answer(&mut self, query: QueryId, answer: Vec<u8>, now: Now) {
+        let taken = self.dns.handle_answer(query, answer, &self.directory, &mut self.routing, now);
+        self.count(taken);
+        self.settle(now);
+    }
+
+    /// Whether the socket of `query` is still needed.
+    #[must_use]
+    pub fn is_dns_pending(&self, query: QueryId) -> bool {
+        self.dns.is_pending(query)
+    }
+
+    /// The resolver has no listener: the application is told so.
+    pub fn handle_dns_refused(&mut self, query: QueryId) {
+        let Some((client, resolver, bytes)) = self.dns.handle_refused(query) else { return };
+        let mut quoted = Vec::new();
+        if udp_packet(client, resolver, &bytes, &mut quoted) {
+            self.answer_with(IcmpError::PortUnreachable, &quoted);
+        }
+    }
+
+    /// A message came from the resolver on a TCP connection. `false`: the connection has to be closed.
+    pub fn handle_stream_answer(&mut self, stream: StreamId, answer: Vec<u8>, now: Now) -> bool {
+        let taken = self.dns.handle_stream_answer(stream, answer, &self.directory, &mut self.routing, now);
+        let ok = taken.is_ok();
+        self.count(taken);
+        ok
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Now) {
+        self.peers.transport.handle_timeout(now);
+        let (owned, counters) = (&mut self.owned, &mut self.counters);
+        self.peers.expire(now, |packet| {
+            counters.drop_one(DropReason::PeerSilent);
+            push_icmp(owned, IcmpError::AdminProhibited, packet);
+        });
+        self.routing.handle_timeout(now);
+        let timed_out = self.dns.handle_timeout(now);
+        self.counters.drop_many(DropReason::DnsTimeout, timed_out);
+        self.expire_held(now);
+        if self.next_sweep.is_some_and(|at| at <= now.instant) {
+            self.flows.sweep(now);
+            self.fragments.sweep(now);
+            self.next_sweep = None;
+        }
+        self.settle(now);
+    }
+
+    /// When `handle_timeout` has work.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [
+            self.peers.poll_timeout(),
+            self.routing.poll_timeout(),
+            self.dns.poll_timeout(),
+            self.held.poll_timeout(),
+            self.next_sweep,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// After any input: what became possible is done.
+    fn settle(&mut self, now: Now) {
+        self.peers.flush(&mut self.transmits, now, &mut self.counters);
+        if self.next_sweep.is_none() && !(self.flows.is_empty() && self.fragments.is_empty()) {
+            self.next_sweep = Some(now.instant + SWEEP_INTERVAL);
+        }
+    }
+
+    /// The next datagrams for a peer.
+    pub fn poll_transmit(&mut self) -> Option<Transmit<'_>> {
+        if let Some(message) = self.peers.transport.poll_transmit() {
+            let (to, bytes) = self.control.insert(message);
+            return Some(Transmit { to: *to, segment: bytes.len(), bytes });
+        }
+        self.transmits.poll()
+    }
+
+    /// The next packet for the pod's stack.
+    pub fn poll_inject(&mut self) -> Option<Inject<'_>> {
+        if let Some(train) = self.coalescer.trains().nth(self.next_train) {
+            self.next_train += 1;
+            return Some(Inject { vnet: train.vnet, buffer: &self.receive, parts: train.parts });
+        }
+        while let Some((client, resolver, answer)) = self.dns.released_udp(&self.routing) {
+            let mut packet = Vec::new();
+            if udp_packet(resolver, client, &answer, &mut packet) {
+                self.owned.push_back((VnetHeader::PLAIN, packet));
+            } else {
+                self.counters.drop_one(DropReason::TooBig);
+            }
+        }
+        let (vnet, packet) = self.owned.pop_front()?;
+        self.owned_now = (packet, [0..0]);
+        self.owned_now.1[0] = 0..self.owned_now.0.len();
+        Some(Inject { vnet, buffer: &self.owned_now.0, parts: &self.owned_now.1 })
+    }
+
+    /// The next DNS message for a TCP connection of the pod.
+    pub fn poll_stream(&mut self) -> Option<(StreamId, Vec<u8>)> {
+        self.dns.released_stream(&self.routing)
+    }
+
+    /// The next query for a resolver.
+    pub fn poll_forward(&mut self) -> Option<Forward> {
+        self.forwards.pop_front()
+    }
+
+    /// The next query whose socket is to be closed unanswered.
+    pub fn poll_expired_query(&mut self) -> Option<QueryId> {
+        self.dns.poll_expired()
+    }
+
+    /// The next changes for the control thread.
+    pub fn poll_batch(&mut self) -> Option<Batch> {
+        self.routing.poll_batch()
+    }
+
+    /// Whether everything that is to be protected is.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.routing.is_settled()
+    }
+
+    /// Whether the address is protected, or about to be.
+    #[must_use]
+    pub fn is_protected(&self, address: IpAddr) -> bool {
+        self.routing.is_protected(address)
+    }
+
+    /// Every way packets ended so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The kernel refused what was polled.
+    pub fn count_refused(&mut self, packets: u64) {
+        self.counters.drop_many(DropReason::KernelRefused, packets);
+    }
+
+    /// A TCP connection to a resolver was taken.
+    pub fn count_stream(&mut self) {
+        self.counters.dns_forwarded += 1;
+    }
+
+    fn count(&mut self, outcome: Result<(), DropReason>) {
+        if let Err(reason) = outcome {
+            self.counters.drop_one(reason);
+        }
+    }
+
+    fn answer_with(&mut self, error: IcmpError, quoted: &[u8]) {
+        push_icmp(&mut self.owned, error, quoted);
+    }
+}
+
+/// Most crafted packets waiting for the pod; a flood of errors is cut off there.
+const OWNED: usize = 1024;
+
+fn push_icmp(owned: &mut VecDeque<(VnetHeader, Vec<u8>)>, error: IcmpError, quoted: &[u8]) {
+    let mut packet = Vec::new();
+    if owned.len() < OWNED && icmp::icmp_error(error, quoted, &mut packet) {
+        owned.push_back((VnetHeader::PLAIN, packet));
+    }
+}
+
+/// Whether an address can belong to a workload or a VIP at all.
+#[must_use]
+pub fn is_unicast(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            !(v4.is_unspecified()
+                || v4.is_loopback()
+                || v4.is_link_local()
+                || v4.is_multicast()
+                || v4.is_broadcast()
+                || v4.octets()[0] == 0
+                || v4.octets()[0] >= 240)
+        }
+        IpAddr::V6(v6) => {
+            !(v6.is_unspecified()
+                || v6.is_loopback()
+                || v6.is_unicast_link_local()
+                || v6.is_multicast()
+                || v6.to_ipv4_mapped().is_some())
+        }
+    }
+}
+
+/// A start for the fake clocks of tests.
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "an Instant can be made in no other way; tests only add to it")]
+pub(crate) fn test_start() -> Instant {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    *START.get_or_init(Instant::now)
 }

@@ -1,5 +1,342 @@
-//! WireGuard's handshake and transport, byte for byte.
+//! WireGuard's handshake and transport, byte for byte; sans-IO.
+//!
+//! A [`Transport`] holds our static keys and our peers. Bytes go in by [`Transport::handle`] and
+//! [`Transport::seal`], time by [`Transport::handle_timeout`]; messages and events come out of the `poll_*` functions.
+//!
+//! | file | what |
+//! |---|---|
+//! | `constants` | the numbers |
+//! | `handshake`, `resolver` | initiation, response, MAC1; the primitives under them |
+//! | `session`, `replay` | sealing and opening; previous, current and next session |
+//! | `peer`, `timers` | when a session is made, renewed, erased |
+//! | `kept` | initiations of keys that the directory does not know yet |
+//! | `index`, `shared` | names of peers and sessions; what all peers share |
+//!
+//! Decisions beside the paper: early retries are closer together (`constants`). When two initiations cross, both sides
+//! keep the one of the greater static key. Keys are erased when a session reaches its hard limit or is replaced, which
+//! is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far future are
+//! refused. A peer is heard from its own address only, unless roaming is on. Cookie replies are dropped.
+//! Source: WireGuard paper, sections 5 and 6.
 
+mod constants;
+mod handshake;
+mod index;
+mod kept;
 mod keys;
+mod peer;
+mod replay;
+mod resolver;
+mod session;
+mod shared;
+#[cfg(test)]
+mod tests;
+mod timers;
 
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use rand_chacha::ChaCha20Rng;
+
+pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
+pub use index::PeerId;
 pub use keys::{PresharedKey, PublicKey, StaticSecret};
+
+use constants::{
+    COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME,
+    REKEY_AFTER_MESSAGES, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER,
+    TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
+};
+use handshake::{Local, index_at};
+use index::Slab;
+use kept::Kept;
+use peer::Peer;
+use session::Session;
+use shared::{OwnKey, Shared};
+
+use super::Now;
+use super::drop::DropReason;
+
+/// One of our own addresses and its static key. The first identity of a family initiates; all of it respond.
+pub struct Identity {
+    /// The address.
+    pub address: IpAddr,
+    /// Its static private key.
+    pub secret: StaticSecret,
+}
+
+/// A peer: an address, and the keys that prove it.
+pub struct PeerConfig {
+    /// The peer's own address.
+    pub address: IpAddr,
+    /// Its tunnel port.
+    pub port: u16,
+    /// Its static public key.
+    pub public: PublicKey,
+    /// The key that it shares with our address of the same family.
+    pub psk: PresharedKey,
+}
+
+/// Limits. The default is the specification's; tests and benchmarks shorten `rekey_after`.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Age at which the initiator of a session makes a new one when it sends.
+    pub rekey_after: Duration,
+    /// Age at which a session neither seals nor opens; its keys are erased.
+    pub reject_after: Duration,
+    /// Messages sealed after which either side makes a new session.
+    pub rekey_after_messages: u64,
+    /// Messages after which a session neither seals nor opens.
+    pub reject_after_messages: u64,
+    /// How long a session is tried for.
+    pub attempt_time: Duration,
+    /// How long after data came something is sent.
+    pub keepalive: Duration,
+    /// How long after [`Transport::begin`] an unanswering peer is reported.
+    pub silent_after: Duration,
+    /// Follow a peer to the address its newest authentic message came from.
+    pub roaming: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            rekey_after: REKEY_AFTER_TIME,
+            reject_after: REJECT_AFTER_TIME,
+            rekey_after_messages: REKEY_AFTER_MESSAGES,
+            reject_after_messages: REJECT_AFTER_MESSAGES,
+            attempt_time: REKEY_ATTEMPT_TIME,
+            keepalive: KEEPALIVE_TIMEOUT,
+            silent_after: SILENT_AFTER,
+            roaming: false,
+        }
+    }
+}
+
+impl Options {
+    /// Age at which the initiator of a session makes a new one when it receives: 165 s to 120 s of `rekey_after`.
+    fn rekey_on_receiving_after(&self) -> Duration {
+        self.rekey_after * 11 / 8
+    }
+
+    /// Sent data that nothing authentic has followed for this long means that the peer lost the session.
+    fn no_reply_after(&self) -> Duration {
+        self.keepalive + REKEY_TIMEOUT
+    }
+}
+
+/// What a datagram was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A handshake message; what follows from it is in `poll_transmit` and `poll_event`.
+    Handshake,
+    /// An empty message of this peer.
+    Keepalive(PeerId),
+    /// A packet.
+    Packet {
+        /// Who sealed it.
+        peer: PeerId,
+        /// The plaintext inside the datagram, with its padding.
+        payload: Range<usize>,
+    },
+}
+
+/// What the engine should know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A session can seal: staged packets can go. Also after each rekey.
+    Established(PeerId),
+    /// Nobody answered since a session was wanted. Comes again for each later [`Transport::begin`] without an answer.
+    Silent(PeerId),
+    /// The last session reached its hard limit.
+    Expired(PeerId),
+}
+
+/// The session of one peer, for sealing a burst.
+pub struct Sealer<'a> {
+    session: &'a mut Session,
+    endpoint: SocketAddr,
+}
+
+impl Sealer<'_> {
+    /// Seals `record` in place: [`HEADER_LEN`] bytes of room, the plaintext padded to [`PADDING`], [`TAG_LEN`] bytes
+    /// of room. Takes one counter.
+    ///
+    /// # Errors
+    /// [`DropReason::SessionExpired`] when the last counter is used up, [`DropReason::Malformed`] when there is no room
+    /// for header and tag. The record must not be sent then.
+    pub fn seal(&mut self, record: &mut [u8]) -> Result<(), DropReason> {
+        self.session.seal(record)
+    }
+
+    /// Where the records go.
+    #[must_use]
+    pub fn endpoint(&self) -> SocketAddr {
+        self.endpoint
+    }
+}
+
+/// Our end of the tunnels to all peers.
+pub struct Transport {
+    shared: Shared,
+    peers: Slab<Peer>,
+    /// By family (is it IPv4) and static key.
+    by_static: BTreeMap<(bool, PublicKey), PeerId>,
+    kept: Kept,
+}
+
+impl Transport {
+    /// A transport without peers. `rng` is seeded by the caller from the system's source; it is the only randomness.
+    #[must_use]
+    pub fn new(identities: Vec<Identity>, options: Options, rng: ChaCha20Rng) -> Self {
+        let own = |identity: Identity| OwnKey {
+            address: identity.address.to_canonical(),
+            keys: Local::new(identity.secret),
+        };
+        Self {
+            shared: Shared::new(identities.into_iter().map(own).collect(), options, rng),
+            peers: Slab::new(),
+            by_static: BTreeMap::new(),
+            kept: Kept::default(),
+        }
+    }
+
+    /// Adds a peer, and answers its kept initiation if there is one. A changed key is a new peer: remove the old one.
+    pub fn add_peer(&mut self, mut config: PeerConfig, now: Now) -> PeerId {
+        config.address = config.address.to_canonical();
+        let (public, endpoint) = (config.public, SocketAddr::new(config.address, config.port));
+        let local = self.shared.locals.iter().position(|own| own.address.is_ipv4() == endpoint.is_ipv4());
+        let id = self.peers.insert_with(|id| Peer::new(id, config, local));
+        self.by_static.insert((endpoint.is_ipv4(), public), id);
+        if let Some((from, message)) = self.kept.take(&public, endpoint, now.instant) {
+            // It was valid when it was kept; if it is not any more, the peer's next one will be.
+            let _: Result<Received, DropReason> = self.handle_initiation(from, &message, now);
+        }
+        id
+    }
+
+    /// Removes a peer and erases its keys.
+    pub fn remove_peer(&mut self, peer: PeerId) {
+        let Some(mut removed) = self.peers.remove(peer) else { return };
+        removed.indices().for_each(|index| self.shared.indices.remove(index));
+        self.shared.schedule.cancel(peer, &mut removed.wake);
+        let key = (removed.config.address.is_ipv4(), removed.config.public);
+        if self.by_static.get(&key) == Some(&peer) {
+            self.by_static.remove(&key);
+        }
+    }
+
+    /// Wants a session with `peer`: initiates, unless there is one or a handshake is under way.
+    pub fn begin(&mut self, peer: PeerId, now: Now) {
+        if let Some(peer) = self.peers.get_mut(peer) {
+            peer.begin(&mut self.shared, now);
+        }
+    }
+
+    /// The session to seal a burst of data with, if there is one. Starts a handshake when it is time to rekey.
+    pub fn seal(&mut self, peer: PeerId, now: Now) -> Option<Sealer<'_>> {
+        self.peers.get_mut(peer)?.seal(&mut self.shared, now)
+    }
+
+    /// Takes one datagram from the network and opens it in place.
+    ///
+    /// # Errors
+    /// Why it was dropped. Nothing is sent then, and nothing changed, but that the initiation of a static key that no peer
+    /// has ([`DropReason::PeerUnknown`]) is kept for [`Self::add_peer`].
+    pub fn handle(
+        &mut self,
+        from: SocketAddr,
+        datagram: &mut [u8],
+        now: Now,
+    ) -> Result<Received, DropReason> {
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let Some(kind) = datagram.first_chunk().map(|word| u32::from_le_bytes(*word)) else {
+            return Err(DropReason::NotWireguard);
+        };
+        match (kind, datagram.len()) {
+            (TYPE_DATA, length) if length >= HEADER_LEN + TAG_LEN => {
+                let index = session::receiver(datagram);
+                let id = self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)?;
+                let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;
+                peer.receive(index, from, datagram, &mut self.shared, now)
+            }
+            (TYPE_INITIATION, INITIATION_LEN) => {
+                let message: &[u8; INITIATION_LEN] = datagram.first_chunk().expect("length was matched");
+                self.handle_initiation(from, message, now)
+            }
+            (TYPE_RESPONSE, RESPONSE_LEN) => {
+                let message: &[u8; RESPONSE_LEN] = datagram.first_chunk().expect("length was matched");
+                self.handle_response(from, message, now)
+            }
+            (TYPE_COOKIE, COOKIE_LEN) => Err(DropReason::HandshakeInvalid),
+            _ => Err(DropReason::NotWireguard),
+        }
+    }
+
+    fn handle_initiation(
+        &mut self,
+        from: SocketAddr,
+        message: &[u8; INITIATION_LEN],
+        now: Now,
+    ) -> Result<Received, DropReason> {
+        let local = self.verify(from, message)?;
+        let ephemeral = self.shared.ephemeral();
+        let own = &self.shared.locals[local].keys;
+        let consumed = own.consume(message, ephemeral)?;
+        let own_public = own.public;
+        let known = self.by_static.get(&(from.is_ipv4(), consumed.public));
+        let Some(peer) = known.and_then(|id| self.peers.get_mut(*id)) else {
+            self.shared.check_skew(consumed.stamp, now)?;
+            self.kept.keep(consumed.public, consumed.stamp, from, message, now.instant);
+            return Err(DropReason::PeerUnknown);
+        };
+        peer.answer(consumed, &own_public, from, &mut self.shared, now)?;
+        Ok(Received::Handshake)
+    }
+
+    fn handle_response(
+        &mut self,
+        from: SocketAddr,
+        message: &[u8; RESPONSE_LEN],
+        now: Now,
+    ) -> Result<Received, DropReason> {
+        self.verify(from, message)?;
+        let index = index_at(message, 8);
+        let id = self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)?;
+        let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;
+        peer.finish(index, from, message, &mut self.shared, now)?;
+        Ok(Received::Handshake)
+    }
+
+    /// Which of our keys a handshake message is for.
+    fn verify(&self, from: SocketAddr, message: &[u8]) -> Result<usize, DropReason> {
+        let is_for = |own: &OwnKey| own.address.is_ipv4() == from.is_ipv4() && own.keys.verify(message);
+        self.shared.locals.iter().position(is_for).ok_or(DropReason::BadMac1)
+    }
+
+    /// Runs every timer that is due.
+    pub fn handle_timeout(&mut self, now: Now) {
+        while let Some(id) = self.shared.schedule.take_due(now.instant) {
+            let peer = self.peers.get_mut(id).expect("a removed peer has no wake-up");
+            peer.wake = None;
+            peer.handle_timeout(&mut self.shared, now);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called next. May be earlier than necessary.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.shared.schedule.earliest()
+    }
+
+    /// The next handshake message or keepalive to send, and where to.
+    pub fn poll_transmit(&mut self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.shared.transmits.pop_front()
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.shared.events.pop_front()
+    }
+}

@@ -1,0 +1,537 @@
+//! The event loop: the one thread that owns the engine. Reads descriptors into it, writes out what it polls; no decisions.
+//!
+//! 1. wait until a descriptor is readable, or the engine's next timer
+//! 2. hand over what arrived, a bounded number of bursts per descriptor and turn
+//! 3. poll the engine until nothing is left: batches to the control thread, queries, datagrams, packets for the pod
+//!
+//! Batches go first, so that an answer or packet that waits for a route waits as short as possible.
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tracing::{debug, info, warn};
+
+use super::applier::Applier;
+use super::control::{AgentChannel, FromAgent, Received, ToAgent};
+use super::dns::{Answer, Queries, Streams, listener};
+use super::neighbour::ArpResponder;
+use super::raw_socket::RawInjector;
+use super::tun::Tun;
+use super::udp::TunnelSocket;
+use crate::proto::directory::Change;
+use crate::proto::dns::{QueryId, StreamId};
+use crate::proto::routing::{Batch, BatchId, RouteChange};
+use crate::proto::{Captured, Engine, Now};
+use crate::wire::vnet::VNET_HEADER_LEN;
+
+/// Bursts taken from one descriptor before the others get their turn.
+const TURN: usize = 32;
+/// A datagram or packet that the kernel has no room for waits this long before it is dropped.
+const ROOM_WAIT_MS: u8 = 10;
+/// Events per wait.
+const EVENTS: usize = 32;
+/// IoSlices per injected packet: vnet header, first packet, up to 64 payloads.
+const PARTS: usize = 72;
+
+/// What the loop needs; made by the agent's bring-up.
+pub(super) struct Kernel {
+    pub(super) tun: Tun,
+    /// By own address.
+    pub(super) sockets: Vec<(IpAddr, TunnelSocket)>,
+    pub(super) raw: Option<RawInjector>,
+    pub(super) applier: Applier,
+    pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
+    pub(super) arp: Option<ArpResponder>,
+    pub(super) queries: Queries,
+    /// Addresses that a former agent protected.
+    pub(super) stale: Vec<IpAddr>,
+}
+
+/// Who a ready descriptor belongs to.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Tun,
+    Socket(usize),
+    Channel,
+    Applier,
+    Helper,
+    Listener(usize),
+    Arp,
+    Query(QueryId),
+    Stream(StreamId),
+}
+
+/// The loop's state.
+pub(super) struct Driver {
+    engine: Engine,
+    kernel: Kernel,
+    channel: AgentChannel,
+    listeners: Vec<TcpListener>,
+    streams: Streams,
+    epoll: Epoll,
+    sources: BTreeMap<u64, Source>,
+    query_tokens: BTreeMap<QueryId, u64>,
+    next_token: u64,
+    changes: Vec<Change>,
+    generation: Option<u64>,
+    ready: bool,
+    answered: Vec<StreamId>,
+}
+
+/// Why the loop ended.
+pub(super) enum End {
+    /// The launcher said so.
+    Stop,
+    /// Before it was ready, the kernel refused what it needs.
+    Failed(anyhow::Error),
+}
+
+impl Driver {
+    /// Takes over everything; nothing is read before [`Self::run`].
+    ///
+    /// # Errors
+    /// epoll(7) is not to be had.
+    pub(super) fn new(engine: Engine, mut kernel: Kernel, channel: AgentChannel) -> anyhow::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll")?;
+        let mut listeners = Vec::new();
+        if let Some((_, fds)) = &mut kernel.helper {
+            for fd in fds.drain(..) {
+                listeners.push(listener(fd).context("listener of the DNS helper")?);
+            }
+        }
+        let mut driver = Self {
+            engine,
+            kernel,
+            channel,
+            listeners,
+            streams: Streams::new(),
+            epoll,
+            sources: BTreeMap::new(),
+            query_tokens: BTreeMap::new(),
+            next_token: 0,
+            changes: Vec::new(),
+            generation: None,
+            ready: false,
+            answered: Vec::new(),
+        };
+        driver.watch_all().context("watch the agent's descriptors")?;
+        Ok(driver)
+    }
+
+    fn watch_all(&mut self) -> nix::Result<()> {
+        let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![
+            (Source::Tun, self.kernel.tun.as_fd()),
+            (Source::Channel, self.channel.as_fd()),
+            (Source::Applier, self.kernel.applier.as_fd()),
+        ];
+        all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.1.as_fd())));
+        all.extend(self.kernel.helper.iter().map(|(tun, _)| (Source::Helper, tun.as_fd())));
+        all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
+        all.extend(self.kernel.arp.iter().map(|arp| (Source::Arp, arp.as_fd())));
+        for (source, fd) in all {
+            watch(&self.epoll, &mut self.sources, &mut self.next_token, source, fd)?;
+        }
+        Ok(())
+    }
+
+    /// Runs until the launcher says stop.
+    ///
+    /// # Errors
+    /// A descriptor that the agent cannot do without failed: everything stays closed.
+    pub(super) fn run(&mut self) -> anyhow::Result<End> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            let timeout = self.timeout();
+            let count = match self.epoll.wait(&mut events, timeout) {
+                Ok(count) => count,
+                Err(nix::Error::EINTR) => 0,
+                Err(error) => return Err(error).context("wait for events"),
+            };
+            let now = clocks();
+            for event in &events[..count] {
+                let Some(&source) = self.sources.get(&event.data()) else { continue };
+                if let Some(end) = self.handle(source, event.data(), now)? {
+                    return Ok(end);
+                }
+                self.drain()?;
+            }
+            if self.engine.poll_timeout().is_some_and(|at| at <= now.instant) {
+                self.engine.handle_timeout(now);
+            }
+            self.streams.handle_timeout(now.instant);
+            self.drain()?;
+            self.report_ready()?;
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let due = [self.engine.poll_timeout(), self.streams.poll_timeout()].into_iter().flatten().min();
+        let Some(due) = due else { return EpollTimeout::NONE };
+        // Rounded up: waking before a timer is due would only find nothing to do.
+        let wait = due.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+        EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
+    }
+
+    fn handle(&mut self, source: Source, token: u64, now: Now) -> anyhow::Result<Option<End>> {
+        match source {
+            Source::Tun => self.read_tun(now)?,
+            Source::Socket(index) => self.read_socket(index, now)?,
+            Source::Channel => return self.read_channel(token, now),
+            Source::Applier => return Ok(self.read_applied(now)),
+            Source::Helper => self.read_helper(),
+            Source::Listener(index) => self.accept(index),
+            Source::Arp => {
+                if let Some(arp) = &self.kernel.arp {
+                    let engine = &self.engine;
+                    if let Err(error) = arp.answer(|address| engine.is_protected(address.into())) {
+                        debug!(%error, "cannot answer ARP");
+                    }
+                }
+            }
+            Source::Query(query) => self.read_query(query, now),
+            Source::Stream(stream) => self.pump(stream, now),
+        }
+        Ok(None)
+    }
+
+    fn read_tun(&mut self, now: Now) -> anyhow::Result<()> {
+        for _ in 0..TURN {
+            match self.kernel.tun.read(self.engine.capture_buffer()) {
+                Ok(len) => {
+                    if self.engine.handle_captured(len, now) == Captured::DnsStream {
+                        self.pass_to_helper(len);
+                    }
+                    self.drain()?;
+                }
+                Err(error) if is_transient(&error) => break,
+                Err(error) => return Err(error).context("read tenc0: the device is gone"),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_socket(&mut self, index: usize, now: Now) -> anyhow::Result<()> {
+        for _ in 0..TURN {
+            match self.kernel.sockets[index].1.recv(self.engine.receive_buffer()) {
+                Ok(received) => {
+                    self.engine.handle_datagrams(received.from, received.len, received.segment, now);
+                    self.drain()?;
+                }
+                Err(error) if is_transient(&error) => break,
+                // An ICMP error about something we sent; the next read goes on.
+                Err(error) => debug!(%error, "tunnel socket"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The pod's TCP segments for port 53 end in the helper namespace.
+    fn pass_to_helper(&mut self, len: usize) {
+        let Some((helper, _)) = &self.kernel.helper else { return self.engine.count_refused(1) };
+        if nix::unistd::write(helper, self.engine.captured(len)).is_err() {
+            self.engine.count_refused(1);
+        }
+    }
+
+    /// And what the helper's stack answers goes to the pod, as it is.
+    fn read_helper(&mut self) {
+        for _ in 0..TURN {
+            let Some((helper, _)) = &self.kernel.helper else { return };
+            let buffer = self.engine.capture_buffer();
+            let Ok(len) = nix::unistd::read(helper, buffer) else { return };
+            if self.engine.is_helper_packet(len)
+                && self.kernel.tun.write_vectored(&[IoSlice::new(self.engine.captured(len))]).is_err()
+            {
+                self.engine.count_refused(1);
+            }
+        }
+    }
+
+    fn accept(&mut self, index: usize) {
+        while let Ok((client, _)) = self.listeners[index].accept() {
+            match self.streams.accept(client, &mut self.kernel.queries) {
+                Ok((stream, fds)) => {
+                    for fd in fds {
+                        let (epoll, sources, next) = (&self.epoll, &mut self.sources, &mut self.next_token);
+                        if let Err(error) = watch_edges(epoll, sources, next, Source::Stream(stream), fd) {
+                            warn!(%error, "cannot watch a DNS connection");
+                        }
+                    }
+                    self.engine.count_stream();
+                }
+                Err(error) => debug!(%error, "DNS connection refused"),
+            }
+        }
+    }
+
+    fn pump(&mut self, stream: StreamId, now: Now) {
+        let engine = &mut self.engine;
+        self.streams.pump(stream, |message| engine.handle_stream_answer(stream, message, now));
+        self.forget_closed_streams();
+    }
+
+    fn forget_closed_streams(&mut self) {
+        let streams = &self.streams;
+        self.sources.retain(|_, source| !matches!(source, Source::Stream(id) if !streams.contains(*id)));
+    }
+
+    fn read_query(&mut self, query: QueryId, now: Now) {
+        while self.engine.is_dns_pending(query) {
+            match self.kernel.queries.read(query) {
+                Answer::Message(message) => self.engine.handle_dns_answer(query, message, now),
+                Answer::Refused => self.engine.handle_dns_refused(query),
+                Answer::Nothing => return,
+            }
+        }
+        self.close_query(query);
+    }
+
+    fn close_query(&mut self, query: QueryId) {
+        if let Some(token) = self.query_tokens.remove(&query) {
+            self.sources.remove(&token);
+        }
+        self.kernel.queries.close(query);
+    }
+
+    fn read_applied(&mut self, now: Now) -> Option<End> {
+        while let Some(applied) = self.kernel.applier.poll() {
+            let ok = applied.outcome.is_ok();
+            if let Err(error) = applied.outcome {
+                if !self.ready {
+                    return Some(End::Failed(error.context("protect the project's addresses")));
+                }
+                warn!(error = format!("{error:#}"), "route change refused, trying again");
+            }
+            self.engine.handle_applied(applied.id, ok, now);
+        }
+        None
+    }
+
+    fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
+        loop {
+            match self.channel.try_recv() {
+                Ok(Some(Received::Message(ToAgent::Changes(changes), _))) => self.changes.extend(changes),
+                Ok(Some(Received::Message(ToAgent::Commit { generation }, _))) => {
+                    debug!(generation, changes = self.changes.len(), "directory changed");
+                    let changes = std::mem::take(&mut self.changes);
+                    self.engine.handle_directory(changes, now);
+                    self.generation.get_or_insert(generation);
+                }
+                Ok(Some(Received::Message(ToAgent::Stop, _))) => return Ok(Some(End::Stop)),
+                Ok(Some(Received::Message(ToAgent::Init(_), _))) => warn!("second Init ignored"),
+                Ok(Some(Received::Closed)) => {
+                    // The launcher died. What is protected stays protected; only Stop or the namespace's end ends us.
+                    info!("launcher is gone, going on");
+                    self.epoll.delete(&self.channel).context("forget the channel")?;
+                    self.sources.remove(&token);
+                    return Ok(None);
+                }
+                Ok(None) => return Ok(None),
+                Err(error) => warn!(%error, "message of the launcher refused"),
+            }
+        }
+    }
+
+    /// Hands out everything the engine has.
+    fn drain(&mut self) -> anyhow::Result<()> {
+        while let Some(batch) = self.engine.poll_batch() {
+            self.kernel.applier.submit(batch);
+        }
+        while let Some(forward) = self.engine.poll_forward() {
+            let query = forward.query;
+            match self.kernel.queries.forward(forward) {
+                Ok(fd) => {
+                    let (sources, next) = (&mut self.sources, &mut self.next_token);
+                    let token = watch(&self.epoll, sources, next, Source::Query(query), fd)
+                        .context("watch a query")?;
+                    self.query_tokens.insert(query, token);
+                }
+                Err(error) => {
+                    debug!(error = format!("{error:#}"), "cannot forward a query");
+                    self.engine.handle_dns_refused(query);
+                }
+            }
+        }
+        while let Some(query) = self.engine.poll_expired_query() {
+            self.close_query(query);
+        }
+        while let Some((stream, message)) = self.engine.poll_stream() {
+            self.streams.answer(stream, &message);
+            self.answered.push(stream);
+        }
+        for stream in std::mem::take(&mut self.answered) {
+            // Room was made: the resolver's next messages may be read.
+            self.pump(stream, clocks());
+        }
+        self.transmit();
+        self.inject()
+    }
+
+    fn transmit(&mut self) {
+        let mut refused = 0;
+        while let Some(transmit) = self.engine.poll_transmit() {
+            let socket =
+                self.kernel.sockets.iter_mut().find(|(own, _)| own.is_ipv4() == transmit.to.is_ipv4());
+            let Some((_, socket)) = socket else {
+                refused += 1;
+                continue;
+            };
+            refused += send_all(socket, transmit.to, transmit.bytes, transmit.segment);
+        }
+        if refused > 0 {
+            self.engine.count_refused(refused);
+        }
+    }
+
+    fn inject(&mut self) -> anyhow::Result<()> {
+        let mut refused = 0;
+        while let Some(packet) = self.engine.poll_inject() {
+            let taken = match &self.kernel.raw {
+                None => {
+                    let header = packet.vnet.encode();
+                    let mut parts = [IoSlice::new(&[]); PARTS];
+                    parts[0] = IoSlice::new(&header[..VNET_HEADER_LEN]);
+                    let ranges = packet.parts.iter().take(PARTS - 1);
+                    for (slot, range) in parts[1..].iter_mut().zip(ranges) {
+                        *slot = IoSlice::new(&packet.buffer[range.clone()]);
+                    }
+                    write_all(&self.kernel.tun, &parts[..=packet.parts.len().min(PARTS - 1)])
+                }
+                Some(raw) => {
+                    let mut whole: Vec<u8> = Vec::new();
+                    packet
+                        .parts
+                        .iter()
+                        .for_each(|range| whole.extend_from_slice(&packet.buffer[range.clone()]));
+                    raw.inject(&mut whole, packet.vnet.partial_checksum)
+                }
+            };
+            match taken {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
+                    return Err(error).context("write tenc0: the device is gone");
+                }
+                Err(error) => {
+                    debug!(%error, "packet not injected");
+                    refused += packet.parts.len() as u64;
+                }
+            }
+        }
+        if refused > 0 {
+            self.engine.count_refused(refused);
+        }
+        Ok(())
+    }
+
+    fn report_ready(&mut self) -> anyhow::Result<()> {
+        let Some(generation) = self.generation.filter(|_| !self.ready && self.engine.is_settled()) else {
+            return Ok(());
+        };
+        let mut kept = vec![self.kernel.tun.as_fd()];
+        kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
+        self.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
+        self.ready = true;
+        let stale = std::mem::take(&mut self.kernel.stale).into_iter();
+        let changes: Vec<_> =
+            stale.filter(|address| !self.engine.is_protected(*address)).map(RouteChange::Release).collect();
+        if !changes.is_empty() {
+            // Nobody waits for this batch: the engine numbers its own from 1.
+            self.kernel.applier.submit(Batch { id: BatchId(0), changes });
+        }
+        info!(generation, "protected");
+        Ok(())
+    }
+
+    /// Ends the control thread, closes every descriptor but the channel.
+    pub(super) fn dismantle(self) -> (AgentChannel, Engine) {
+        self.kernel.applier.finish();
+        (self.channel, self.engine)
+    }
+}
+
+fn watch(
+    epoll: &Epoll,
+    sources: &mut BTreeMap<u64, Source>,
+    next: &mut u64,
+    source: Source,
+    fd: BorrowedFd<'_>,
+) -> nix::Result<u64> {
+    add(epoll, sources, next, source, fd, EpollFlags::EPOLLIN)
+}
+
+/// For sockets that are read and written until nothing moves.
+fn watch_edges(
+    epoll: &Epoll,
+    sources: &mut BTreeMap<u64, Source>,
+    next: &mut u64,
+    source: Source,
+    fd: BorrowedFd<'_>,
+) -> nix::Result<u64> {
+    let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+    add(epoll, sources, next, source, fd, flags)
+}
+
+fn add(
+    epoll: &Epoll,
+    sources: &mut BTreeMap<u64, Source>,
+    next: &mut u64,
+    source: Source,
+    fd: BorrowedFd<'_>,
+    flags: EpollFlags,
+) -> nix::Result<u64> {
+    let token = *next;
+    *next += 1;
+    epoll.add(fd, EpollEvent::new(flags, token))?;
+    sources.insert(token, source);
+    Ok(token)
+}
+
+/// Sends a train; returns how many datagrams the kernel refused.
+fn send_all(socket: &mut TunnelSocket, to: SocketAddr, mut bytes: &[u8], segment: usize) -> u64 {
+    let size = u16::try_from(segment).ok();
+    loop {
+        let error = match socket.send(to, bytes, size) {
+            Ok(()) => return 0,
+            Err(error) => error,
+        };
+        bytes = &bytes[error.sent.min(bytes.len())..];
+        if error.source.kind() != io::ErrorKind::WouldBlock || !has_room(socket.as_fd()) {
+            debug!(error = %error.source, %to, "datagrams not sent");
+            return bytes.len().div_ceil(segment.max(1)) as u64;
+        }
+    }
+}
+
+fn write_all(tun: &Tun, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    loop {
+        match tun.write_vectored(parts) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && has_room(tun.as_fd()) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Waits a moment for the kernel to take more.
+fn has_room(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
+    poll(&mut fds, PollTimeout::from(ROOM_WAIT_MS)).is_ok_and(|ready| ready > 0)
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    // EIO: the device is down for a moment; what the pod sends meanwhile is refused by the kernel.
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+        || error.raw_os_error() == Some(libc::EIO)
+}
+
+fn clocks() -> Now {
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Now { instant: Instant::now(), wall }
+}

@@ -1,0 +1,467 @@
+//! Elements of the guard's sets: which addresses may be spoken to through the tunnel only.
+//!
+//! The launcher loads the guard's tables, chains and empty sets; this file alone fills the sets, over nfnetlink, before the
+//! address is routed and before a DNS answer that names it is released.
+//!
+//! 1. one datagram holds a whole transaction: batch begin, one message per set and thousand addresses, batch end
+//! 2. both tables (inet, and netdev where the kernel has egress hooks) change in that one transaction, or none does
+//! 3. the last message asks for an acknowledgement; errors come unasked, each with the number of its message
+//!
+//! Source: linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nix::errno::Errno;
+
+/// Name of both tables.
+pub const TABLE: &str = "tencrypt";
+/// Name of the sets of IPv4 addresses.
+pub const SET4: &str = "protected4";
+/// Name of the sets of IPv6 addresses.
+pub const SET6: &str = "protected6";
+
+/// Elements per message: a nested attribute holds less than 64 KiB, an IPv6 element takes 28 bytes.
+const ELEMENTS_PER_MESSAGE: usize = 1000;
+/// Room for the largest transaction in the socket's send buffer.
+const SEND_BUFFER: usize = 8 << 20;
+
+const NLMSG_ERROR: u16 = 2;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const SUBSYSTEM: u16 = 10;
+const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
+const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
+const DELETE_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
+
+const FLAG_REQUEST: u16 = 1;
+const FLAG_ACK: u16 = 4;
+const FLAG_CREATE: u16 = 0x400;
+const NESTED: u16 = 0x8000;
+
+const ATTR_TABLE_NAME: u16 = 1;
+const ATTR_LIST_TABLE: u16 = 1;
+const ATTR_LIST_SET: u16 = 2;
+const ATTR_LIST_ELEMENTS: u16 = 3;
+const ATTR_LIST_ITEM: u16 = 1;
+const ATTR_ELEMENT_KEY: u16 = 1;
+const ATTR_DATA_VALUE: u16 = 1;
+
+/// Family of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Hooks of both IP families.
+    Inet = 1,
+    /// Hooks of one device.
+    Netdev = 5,
+}
+
+/// A set, for error messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Set {
+    family: Family,
+    ipv6: bool,
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = match self.family {
+            Family::Inet => "inet",
+            Family::Netdev => "netdev",
+        };
+        write!(f, "set {} of table {family} {TABLE}", self.name())
+    }
+}
+
+impl Set {
+    fn name(self) -> &'static str {
+        if self.ipv6 { SET6 } else { SET4 }
+    }
+}
+
+/// Why the sets are not as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The capability is missing.
+    #[error("changing the guard needs CAP_NET_ADMIN: run as root")]
+    Permission,
+    /// The skeleton was never loaded, or somebody removed it.
+    #[error("table inet {TABLE} is missing: the guard's skeleton was not loaded or was removed")]
+    NoTable,
+    /// The kernel refused to change a set.
+    #[error("cannot {operation} the {set}")]
+    Set {
+        /// What was being done.
+        operation: &'static str,
+        /// To which set.
+        set: Set,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel refused the transaction as a whole.
+    #[error("cannot commit a change of the guard")]
+    Commit(#[source] io::Error),
+    /// The netlink socket itself failed.
+    #[error("nfnetlink socket failed")]
+    Socket(#[source] io::Error),
+}
+
+/// The handle to the sets of one pod.
+#[derive(Debug)]
+pub struct Guard {
+    socket: Socket,
+    sequence: u32,
+    egress: bool,
+}
+
+impl Guard {
+    /// Opens the socket in the calling thread's network namespace and looks which of the two tables are there.
+    ///
+    /// # Errors
+    /// [`Error::NoTable`] when the skeleton is missing.
+    pub fn open() -> Result<Self, Error> {
+        let mut socket = Socket::new(NETLINK_NETFILTER).map_err(Error::Socket)?;
+        socket.bind_auto().map_err(Error::Socket)?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(Error::Socket)?;
+        socket.set_cap_ack(true).map_err(Error::Socket)?;
+        // A transaction that does not fit is refused by the kernel, whole; the system's default holds 5,000 addresses.
+        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER);
+        let mut guard = Self { socket, sequence: 0, egress: false };
+        if !guard.has_table(Family::Inet)? {
+            return Err(Error::NoTable);
+        }
+        guard.egress = guard.has_table(Family::Netdev)?;
+        Ok(guard)
+    }
+
+    /// Whether the table at the device's egress is there; without it, frames of packet sockets are not guarded.
+    #[must_use]
+    pub fn has_egress(&self) -> bool {
+        self.egress
+    }
+
+    /// Adds `addresses` to the sets; those that are there already are fine.
+    ///
+    /// # Errors
+    /// See [`Error`]; after one, no set has changed.
+    pub fn add(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.elements(Change::Add, addresses);
+        self.commit(batch)
+    }
+
+    /// Removes `addresses` from the sets; those that are not there are fine.
+    ///
+    /// # Errors
+    /// See [`Error`]; after one, no set has changed.
+    pub fn remove(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        // Deleting what is not there fails, adding what is there does not: added first, everything can be deleted.
+        batch.elements(Change::Add, addresses);
+        batch.elements(Change::Delete, addresses);
+        self.commit(batch)
+    }
+
+    /// Makes the sets hold exactly `addresses`, with no moment in between.
+    ///
+    /// # Errors
+    /// See [`Error`]; after one, no set has changed.
+    pub fn replace(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.flush();
+        batch.elements(Change::Add, addresses);
+        self.commit(batch)
+    }
+
+    /// Empties the sets.
+    ///
+    /// # Errors
+    /// See [`Error`]; after one, no set has changed.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.replace(&[])
+    }
+
+    fn begin(&self) -> Batch {
+        Batch::new(self.sequence.wrapping_add(1), self.egress)
+    }
+
+    fn commit(&mut self, batch: Batch) -> Result<(), Error> {
+        if batch.messages.is_empty() {
+            return Ok(());
+        }
+        let first = batch.first;
+        let (bytes, messages) = batch.finish();
+        self.sequence = first.wrapping_add(u32::try_from(messages.len()).expect("bounded by memory")) + 1;
+        self.socket.send(&bytes, 0).map_err(Error::Socket)?;
+        let mut failure = None;
+        loop {
+            let (answer, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
+            for (sequence, code) in answers(&answer) {
+                // Batch begin has number `first`, message i has `first + 1 + i`.
+                let index = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
+                let error = io::Error::from_raw_os_error(-code);
+                match index.checked_sub(1).map(|i| messages.get(i)) {
+                    // The transaction as a whole.
+                    None if code != 0 => return Err(refused(error, Error::Commit)),
+                    Some(Some((operation, set))) if code != 0 && failure.is_none() => {
+                        failure = Some(refused(error, |source| Error::Set { operation, set: *set, source }));
+                    }
+                    _ => {}
+                }
+                if index == messages.len() {
+                    return failure.map_or(Ok(()), Err);
+                }
+            }
+        }
+    }
+
+    fn has_table(&mut self, family: Family) -> Result<bool, Error> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::new();
+        let start =
+            open_message(&mut bytes, GET_TABLE, FLAG_REQUEST | FLAG_ACK, self.sequence, family as u8, 0);
+        put_string(&mut bytes, ATTR_TABLE_NAME, TABLE);
+        close_message(&mut bytes, start);
+        self.socket.send(&bytes, 0).map_err(Error::Socket)?;
+        loop {
+            let (answer, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
+            for (sequence, code) in answers(&answer) {
+                let error = io::Error::from_raw_os_error(-code);
+                match Errno::from_raw(-code) {
+                    _ if sequence != self.sequence => {}
+                    Errno::UnknownErrno => return Ok(true),
+                    // No such table, or no support for the family at all.
+                    Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP => return Ok(false),
+                    _ => return Err(refused(error, Error::Socket)),
+                }
+            }
+        }
+    }
+}
+
+fn refused(error: io::Error, other: impl FnOnce(io::Error) -> Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => Error::Permission,
+        _ => other(error),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Change {
+    Add,
+    Delete,
+}
+
+/// A transaction under construction.
+struct Batch {
+    first: u32,
+    families: &'static [Family],
+    bytes: Vec<u8>,
+    messages: Vec<(&'static str, Set)>,
+    /// Where the newest message starts.
+    newest: usize,
+}
+
+impl Batch {
+    fn new(first: u32, egress: bool) -> Self {
+        let mut bytes = Vec::new();
+        let start = open_message(&mut bytes, BATCH_BEGIN, FLAG_REQUEST, first, 0, SUBSYSTEM);
+        close_message(&mut bytes, start);
+        let families: &[_] = if egress { &[Family::Inet, Family::Netdev] } else { &[Family::Inet] };
+        Self { first, families, bytes, messages: Vec::new(), newest: start }
+    }
+
+    fn elements(&mut self, change: Change, addresses: &[IpAddr]) {
+        for ipv6 in [false, true] {
+            let of_family: Vec<_> = addresses.iter().filter(|a| a.is_ipv6() == ipv6).collect();
+            for chunk in of_family.chunks(ELEMENTS_PER_MESSAGE) {
+                for family in self.families {
+                    let set = Set { family: *family, ipv6 };
+                    match change {
+                        Change::Add => self.message("add to", NEW_ELEMENTS, FLAG_CREATE, set, chunk),
+                        Change::Delete => self.message("delete from", DELETE_ELEMENTS, 0, set, chunk),
+                    }
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        for family in self.families {
+            for ipv6 in [false, true] {
+                // A deletion that names no element deletes all.
+                self.message("flush", DELETE_ELEMENTS, 0, Set { family: *family, ipv6 }, &[]);
+            }
+        }
+    }
+
+    fn message(&mut self, operation: &'static str, kind: u16, flags: u16, set: Set, addresses: &[&IpAddr]) {
+        let bytes = &mut self.bytes;
+        self.messages.push((operation, set));
+        let number = u32::try_from(self.messages.len()).expect("bounded by memory");
+        let sequence = self.first.wrapping_add(number);
+        self.newest = open_message(bytes, kind, FLAG_REQUEST | flags, sequence, set.family as u8, 0);
+        put_string(bytes, ATTR_LIST_TABLE, TABLE);
+        put_string(bytes, ATTR_LIST_SET, set.name());
+        if !addresses.is_empty() {
+            let list = open_attribute(bytes, ATTR_LIST_ELEMENTS | NESTED);
+            for address in addresses {
+                let item = open_attribute(bytes, ATTR_LIST_ITEM | NESTED);
+                let key = open_attribute(bytes, ATTR_ELEMENT_KEY | NESTED);
+                let value = open_attribute(bytes, ATTR_DATA_VALUE);
+                match address {
+                    IpAddr::V4(a) => bytes.extend(a.octets()),
+                    IpAddr::V6(a) => bytes.extend(a.octets()),
+                }
+                for start in [value, key, item] {
+                    close_attribute(bytes, start);
+                }
+            }
+            close_attribute(bytes, list);
+        }
+        close_message(bytes, self.newest);
+    }
+
+    /// The bytes to send, and what each message between begin and end is about.
+    fn finish(mut self) -> (Vec<u8>, Vec<(&'static str, Set)>) {
+        let flags: &mut [u8; 2] =
+            self.bytes[self.newest + 6..].first_chunk_mut().expect("a message was opened there");
+        *flags = (u16::from_ne_bytes(*flags) | FLAG_ACK).to_ne_bytes();
+        let number = u32::try_from(self.messages.len()).expect("bounded by memory");
+        let sequence = self.first.wrapping_add(number).wrapping_add(1);
+        let start = open_message(&mut self.bytes, BATCH_END, FLAG_REQUEST, sequence, 0, SUBSYSTEM);
+        close_message(&mut self.bytes, start);
+        (self.bytes, self.messages)
+    }
+}
+
+/// Writes a netlink header (length still 0) and the nfgenmsg behind it; returns where it starts.
+fn open_message(
+    bytes: &mut Vec<u8>,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    family: u8,
+    resource: u16,
+) -> usize {
+    let start = bytes.len();
+    bytes.extend([0; 4]);
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend(sequence.to_ne_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend([family, 0]);
+    bytes.extend(resource.to_be_bytes());
+    start
+}
+
+fn close_message(bytes: &mut [u8], start: usize) {
+    let length = u32::try_from(bytes.len() - start).expect("bounded by the elements per message");
+    bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+}
+
+fn open_attribute(bytes: &mut Vec<u8>, kind: u16) -> usize {
+    let start = bytes.len();
+    bytes.extend([0; 2]);
+    bytes.extend(kind.to_ne_bytes());
+    start
+}
+
+fn close_attribute(bytes: &mut Vec<u8>, start: usize) {
+    let length = u16::try_from(bytes.len() - start).expect("bounded by the elements per message");
+    bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+fn put_string(bytes: &mut Vec<u8>, kind: u16, text: &str) {
+    let start = open_attribute(bytes, kind);
+    bytes.extend(text.as_bytes());
+    bytes.push(0);
+    close_attribute(bytes, start);
+}
+
+/// Number and error code (0, or negative) of each acknowledgement in a datagram from the kernel.
+fn answers(bytes: &[u8]) -> impl Iterator<Item = (u32, i32)> + '_ {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        loop {
+            let length = usize::try_from(u32::from_ne_bytes(*rest.first_chunk()?)).ok()?;
+            let message = rest.get(..length).filter(|m| m.len() >= 16)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            let kind = u16::from_ne_bytes(*message[4..].first_chunk()?);
+            let sequence = u32::from_ne_bytes(*message[8..].first_chunk()?);
+            if kind == NLMSG_ERROR {
+                return Some((sequence, i32::from_ne_bytes(*message[16..].first_chunk()?)));
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lengths(bytes: &[u8]) -> Vec<(u16, u16, u32, usize)> {
+        let (mut rest, mut found) = (bytes, Vec::new());
+        while let Some(header) = rest.first_chunk::<16>() {
+            let length = u32::from_ne_bytes(header[..4].try_into().unwrap()) as usize;
+            let kind = u16::from_ne_bytes(header[4..6].try_into().unwrap());
+            let flags = u16::from_ne_bytes(header[6..8].try_into().unwrap());
+            found.push((kind, flags, u32::from_ne_bytes(header[8..12].try_into().unwrap()), length));
+            rest = &rest[length..];
+        }
+        assert!(rest.is_empty());
+        found
+    }
+
+    #[test]
+    fn one_address_is_one_message_per_table_between_begin_and_end() {
+        let mut batch = Batch::new(7, true);
+        batch.elements(Change::Add, &["10.0.0.3".parse().unwrap()]);
+        let (bytes, messages) = batch.finish();
+        // 20 bytes of headers, "tencrypt" and "protected4" 16 each, list 4, item 4, key 4, value 8.
+        assert_eq!(
+            lengths(&bytes),
+            [(0x10, 1, 7, 20), (0x0a0c, 0x401, 8, 72), (0x0a0c, 0x405, 9, 72), (0x11, 1, 10, 20),]
+        );
+        assert_eq!(messages.len(), 2);
+        assert_eq!(bytes[16..20], [0, 0, 0, 10], "subsystem in network order");
+        assert_eq!((bytes[36], bytes[108]), (1, 5), "families");
+        let element = &bytes[20 + 20 + 16 + 16..20 + 72];
+        assert_eq!(element, [20, 0, 3, 0x80, 16, 0, 1, 0x80, 12, 0, 1, 0x80, 8, 0, 1, 0, 10, 0, 0, 3]);
+    }
+
+    #[test]
+    fn many_addresses_are_split_and_only_the_last_message_is_acknowledged() {
+        let addresses: Vec<IpAddr> =
+            (0..2500_u32).map(|i| IpAddr::from(std::net::Ipv6Addr::from_bits(i.into()))).collect();
+        let mut batch = Batch::new(1, true);
+        batch.elements(Change::Add, &addresses);
+        let (bytes, messages) = batch.finish();
+        assert_eq!(messages.len(), 6);
+        let acknowledged: Vec<_> =
+            lengths(&bytes).iter().map(|(_, flags, ..)| flags & FLAG_ACK != 0).collect();
+        assert_eq!(acknowledged, [false, false, false, false, false, false, true, false]);
+    }
+
+    #[test]
+    fn without_an_egress_table_only_the_inet_sets_change() {
+        let mut batch = Batch::new(1, false);
+        batch.flush();
+        assert!(batch.finish().1.iter().all(|(_, set)| set.family == Family::Inet));
+    }
+
+    #[test]
+    fn a_cut_off_answer_ends_the_answers() {
+        assert_eq!(answers(&[]).count(), 0);
+        assert_eq!(answers(&[20, 0, 0, 0, 2, 0]).count(), 0);
+        let mut error = [0; 20];
+        (error[0], error[4], error[8]) = (20, 2, 9);
+        error[16..].copy_from_slice(&(-2_i32).to_ne_bytes());
+        assert_eq!(answers(&error).collect::<Vec<_>>(), [(9, -2)]);
+        error[0] = 16;
+        assert_eq!(answers(&error).count(), 0);
+    }
+}

@@ -1,0 +1,114 @@
+//! `tenc0`: the device through which the pod's captured packets come and opened packets go.
+//!
+//! Single-queue, so that a second attach is refused instead of being handed plaintext, and persistent, so that packets queue
+//! up while no agent reads. Every packet is preceded by a virtio-net header ([`crate::wire::vnet`]).
+//!
+//! Source: Documentation/networking/tuntap.rst.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use crate::sys::tun;
+
+/// Name of the device in every pod.
+pub const NAME: &str = "tenc0";
+
+/// Why `tenc0` could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A live agent reads from it.
+    #[error("another agent holds {NAME}")]
+    Busy,
+    /// The capability is missing.
+    #[error("creating {NAME} needs CAP_NET_ADMIN: run as root")]
+    Permission,
+    /// Another program made a device of that name.
+    #[error("a device {NAME} of another kind exists in this namespace")]
+    Foreign,
+    /// No TUN driver.
+    #[error("/dev/net/tun is missing: load the kernel module tun")]
+    NoDriver,
+    /// Anything else.
+    #[error("cannot open {NAME}")]
+    Open(#[source] io::Error),
+}
+
+/// The descriptor of `tenc0`.
+#[derive(Debug)]
+pub struct Tun {
+    fd: OwnedFd,
+    offloads: u32,
+}
+
+impl Tun {
+    /// Creates `tenc0` in the calling thread's network namespace, or attaches to the one a former agent left.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn open() -> Result<Self, Error> {
+        let device =
+            tun::open(NAME).map_err(|error| match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                Errno::EBUSY => Error::Busy,
+                Errno::EPERM => Error::Permission,
+                Errno::EINVAL => Error::Foreign,
+                Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => Error::NoDriver,
+                _ => Error::Open(error),
+            })?;
+        tun::set_persistent(&device.fd, true).map_err(Error::Open)?;
+        Ok(Self { fd: device.fd, offloads: device.offloads })
+    }
+
+    /// Goes on with a descriptor that the launcher kept.
+    #[must_use]
+    pub fn inherited(fd: OwnedFd, offloads: u32) -> Self {
+        Self { fd, offloads }
+    }
+
+    /// The `TUN_F_*` bits the kernel granted: 0 means that every packet comes whole and with its checksum complete.
+    #[must_use]
+    pub fn offloads(&self) -> u32 {
+        self.offloads
+    }
+
+    /// Reads one header and the packet or super-packet behind it; `buffer` should hold 10 + 65,535 bytes.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the queue is empty, `EBADFD` when the device was deleted, `EIO` while it is down.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(nix::unistd::read(&self.fd, buffer)?)
+    }
+
+    /// Hands the pod's stack one header and packet, gathered from `parts`.
+    ///
+    /// # Errors
+    /// `EINVAL` for a header the kernel does not understand, `EIO` while the device is down, `EBADFD` when it was deleted.
+    pub fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        Ok(nix::sys::uio::writev(&self.fd, parts)?)
+    }
+
+    /// A second descriptor of the same queue, for the launcher to keep.
+    ///
+    /// # Errors
+    /// `EMFILE`.
+    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
+    /// Lets the device go with its last descriptor, and closes this one.
+    ///
+    /// Where another descriptor lives on, [`super::netlink::Netlink::delete_link`] removes the device at once.
+    ///
+    /// # Errors
+    /// `EBADFD` when it was deleted already.
+    pub fn destroy(self) -> io::Result<()> {
+        tun::set_persistent(&self.fd, false)
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

@@ -1,0 +1,299 @@
+//! DNS path: a query from the pod is forwarded as it is, its answer is held until what it names is protected.
+//!
+//! 1. `handle_query`: the query's bytes, under a random id, for the very resolver that the application asked
+//! 2. `handle_answer`: only the answer to that question counts; a copy is parsed
+//! 3. addresses inside the project's zone go to `proto::routing`; the answer is held
+//! 4. `released_udp`: once each of them has its guard element and its route, the answer goes out, byte for byte
+//!
+//! Over TCP the bytes pass through the agent's own streams; messages are held in the same list and keep their order.
+//! Sans-IO. Source: RFC 1035 §4.2, RFC 5452 (matching answers).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use hickory_proto::rr::Name;
+use rand::Rng;
+
+use super::Now;
+use super::directory::Directory;
+use super::drop::DropReason;
+use super::routing::Routing;
+use crate::wire::dns;
+
+/// UDP queries in flight.
+const MAX_QUERIES: usize = 512;
+/// Answers waiting for routes.
+const MAX_HELD: usize = 512;
+/// An application has asked again long before.
+const QUERY_LIFE: Duration = Duration::from_secs(12);
+/// A route that takes longer is not coming.
+const HELD_LIFE: Duration = Duration::from_secs(5);
+/// Longest life an answer can give an address.
+const MAX_TTL: u32 = 86_400;
+
+/// A forwarded UDP query.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueryId(u64);
+
+/// One TCP connection of the pod to a resolver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(pub u64);
+
+/// A query for the upstream, to be sent from a socket of its own.
+#[derive(Debug)]
+pub struct Forward {
+    /// To be given back with the answer.
+    pub query: QueryId,
+    /// The resolver that the application asked.
+    pub upstream: SocketAddr,
+    /// The query under its new id.
+    pub bytes: Vec<u8>,
+}
+
+/// Where a released answer goes.
+#[derive(Clone, Copy)]
+enum Asker {
+    Udp { client: SocketAddr, resolver: SocketAddr },
+    Stream(StreamId),
+}
+
+struct Pending {
+    client: SocketAddr,
+    resolver: SocketAddr,
+    original_id: u16,
+    bytes: Vec<u8>,
+    deadline: Instant,
+}
+
+struct Held {
+    asker: Asker,
+    bytes: Vec<u8>,
+    waits_for: Vec<IpAddr>,
+    deadline: Instant,
+}
+
+/// The state of the DNS path.
+pub struct Dns {
+    zone: Option<Name>,
+    resolvers: Vec<IpAddr>,
+    own: Vec<IpAddr>,
+    gate: bool,
+    pending: BTreeMap<QueryId, Pending>,
+    next: u64,
+    held: VecDeque<Held>,
+    expired: Vec<QueryId>,
+}
+
+impl Dns {
+    /// `gate` is true but in the test build that proves what the gate is for.
+    #[must_use]
+    pub fn new(zone: Option<Name>, resolvers: Vec<IpAddr>, own: Vec<IpAddr>, gate: bool) -> Self {
+        Self {
+            zone,
+            resolvers,
+            own,
+            gate,
+            pending: BTreeMap::new(),
+            next: 0,
+            held: VecDeque::new(),
+            expired: Vec::new(),
+        }
+    }
+
+    /// Whether DNS to this address is captured.
+    #[must_use]
+    pub fn is_resolver(&self, address: IpAddr) -> bool {
+        self.resolvers.contains(&address)
+    }
+
+    /// Forwards a query that the pod sent over UDP.
+    ///
+    /// # Errors
+    /// `DnsMalformed` for less than a header or a response, `DnsOverload` where too many are in flight.
+    pub fn handle_query(
+        &mut self,
+        client: SocketAddr,
+        resolver: SocketAddr,
+        query: &[u8],
+        rng: &mut impl Rng,
+        now: Now,
+    ) -> Result<Forward, DropReason> {
+        if query.len() < dns::HEADER_LEN || dns::is_response(query) {
+            return Err(DropReason::DnsMalformed);
+        }
+        if self.pending.len() >= MAX_QUERIES {
+            return Err(DropReason::DnsOverload);
+        }
+        let original_id = dns::id(query).ok_or(DropReason::DnsMalformed)?;
+        let mut bytes = query.to_vec();
+        let mut id = [0; 2];
+        rng.fill_bytes(&mut id);
+        dns::set_id(&mut bytes, u16::from_be_bytes(id));
+        let query = QueryId(self.next);
+        self.next += 1;
+        let deadline = now.instant + QUERY_LIFE;
+        self.pending.insert(query, Pending { client, resolver, original_id, bytes: bytes.clone(), deadline });
+        Ok(Forward { query, upstream: resolver, bytes })
+    }
+
+    /// An answer came on the socket of `query`.
+    ///
+    /// # Errors
+    /// `DnsMalformed` where it is not the answer to the query (a forgery, or late): go on listening. `DnsUnparsed` and
+    /// `DnsOverload` where it is, but may not be released: the socket is done with.
+    pub fn handle_answer(
+        &mut self,
+        query: QueryId,
+        mut answer: Vec<u8>,
+        directory: &Directory,
+        routing: &mut Routing,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let pending = self.pending.get(&query).ok_or(DropReason::DnsMalformed)?;
+        if dns::id(&answer) != dns::id(&pending.bytes) || !dns::answers(&answer, &pending.bytes) {
+            return Err(DropReason::DnsMalformed);
+        }
+        let asker = Asker::Udp { client: pending.client, resolver: pending.resolver };
+        dns::set_id(&mut answer, pending.original_id);
+        self.pending.remove(&query);
+        self.hold(asker, answer, directory, routing, now)
+    }
+
+    /// Whether `query` still waits for its answer.
+    #[must_use]
+    pub fn is_pending(&self, query: QueryId) -> bool {
+        self.pending.contains_key(&query)
+    }
+
+    /// The upstream refused the query (ICMP port unreachable). Returns who asked, and the query as it was asked.
+    pub fn handle_refused(&mut self, query: QueryId) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        let mut pending = self.pending.remove(&query)?;
+        dns::set_id(&mut pending.bytes, pending.original_id);
+        Some((pending.client, pending.resolver, pending.bytes))
+    }
+
+    /// A message came from the upstream of a TCP connection.
+    ///
+    /// # Errors
+    /// `DnsUnparsed`, `DnsOverload`: it may not be released; the connection has to be closed.
+    pub fn handle_stream_answer(
+        &mut self,
+        stream: StreamId,
+        answer: Vec<u8>,
+        directory: &Directory,
+        routing: &mut Routing,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        self.hold(Asker::Stream(stream), answer, directory, routing, now)
+    }
+
+    fn hold(
+        &mut self,
+        asker: Asker,
+        bytes: Vec<u8>,
+        directory: &Directory,
+        routing: &mut Routing,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let waits_for = match &self.zone {
+            None => Vec::new(),
+            Some(zone) => match dns::lesson(&bytes, zone) {
+                Ok(lesson) => self.learn(lesson, directory, routing, now)?,
+                Err(unparsed) if unparsed.in_zone => return Err(DropReason::DnsUnparsed),
+                Err(_) => Vec::new(),
+            },
+        };
+        if self.held.len() >= MAX_HELD {
+            return Err(DropReason::DnsOverload);
+        }
+        self.held.push_back(Held { asker, bytes, waits_for, deadline: now.instant + HELD_LIFE });
+        Ok(())
+    }
+
+    fn learn(
+        &self,
+        lesson: dns::Lesson,
+        directory: &Directory,
+        routing: &mut Routing,
+        now: Now,
+    ) -> Result<Vec<IpAddr>, DropReason> {
+        let mut waits_for = Vec::new();
+        for (address, ttl) in lesson.addresses {
+            if self.is_learnable(address, directory) {
+                let ttl = Duration::from_secs(u64::from(ttl.min(MAX_TTL)));
+                routing.add_from_dns(address, ttl, now).map_err(|_| DropReason::DnsOverload)?;
+                waits_for.push(address);
+            }
+        }
+        Ok(waits_for)
+    }
+
+    /// Never learned: what cannot be a workload or VIP of the project, whatever DNS says.
+    fn is_learnable(&self, address: IpAddr, directory: &Directory) -> bool {
+        let named = directory.is_workload(address) || directory.vip(address).is_some();
+        super::is_unicast(address)
+            && !self.own.contains(&address)
+            && !directory.is_exempt(address)
+            && (named || !self.is_resolver(address))
+            // Without an address of that family there is nobody who could seal for it.
+            && self.own.iter().any(|own| own.is_ipv4() == address.is_ipv4())
+    }
+
+    /// The next answer over UDP whose addresses are all protected.
+    pub fn released_udp(&mut self, routing: &Routing) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        let ready = |held: &Held| matches!(held.asker, Asker::Udp { .. }) && self.is_ready(held, routing);
+        let at = self.held.iter().position(ready)?;
+        let held = self.held.remove(at)?;
+        let Asker::Udp { client, resolver } = held.asker else { return None };
+        Some((client, resolver, held.bytes))
+    }
+
+    /// The next answer over TCP whose addresses are all protected; those of one connection keep their order.
+    pub fn released_stream(&mut self, routing: &Routing) -> Option<(StreamId, Vec<u8>)> {
+        let mut blocked = Vec::new();
+        let at = self.held.iter().position(|held| {
+            let Asker::Stream(stream) = held.asker else { return false };
+            let ready = !blocked.contains(&stream) && self.is_ready(held, routing);
+            if !ready {
+                blocked.push(stream);
+            }
+            ready
+        })?;
+        let held = self.held.remove(at)?;
+        let Asker::Stream(stream) = held.asker else { return None };
+        Some((stream, held.bytes))
+    }
+
+    fn is_ready(&self, held: &Held, routing: &Routing) -> bool {
+        !self.gate || held.waits_for.iter().all(|address| routing.is_active(*address))
+    }
+
+    /// Forgets queries and held answers whose time is over; returns how many.
+    pub fn handle_timeout(&mut self, now: Now) -> u64 {
+        let expired = &mut self.expired;
+        let before = self.pending.len() + self.held.len();
+        self.pending.retain(|id, pending| {
+            let live = pending.deadline > now.instant;
+            if !live {
+                expired.push(*id);
+            }
+            live
+        });
+        self.held.retain(|held| held.deadline > now.instant);
+        (before - self.pending.len() - self.held.len()) as u64
+    }
+
+    /// The next query whose socket is to be closed because nobody answered it.
+    pub fn poll_expired(&mut self) -> Option<QueryId> {
+        self.expired.pop()
+    }
+
+    /// When `handle_timeout` has work.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        // Both grow in order of time.
+        let query = self.pending.first_key_value().map(|(_, pending)| pending.deadline);
+        query.into_iter().chain(self.held.front().map(|held| held.deadline)).min()
+    }
+}

@@ -1,0 +1,361 @@
+//! Inbound path: a datagram from a peer becomes a packet for the pod.
+//!
+//! 1. `agent::udp` hands over a train of equal datagrams from one sender
+//! 2. the session authenticates and opens each in place; the replay window is checked
+//! 3. the inner source must be the peer's own address, or a VIP of a flow pinned to that peer
+//! 4. the peer gate: nothing is injected before the peer's own address is routed and guarded
+//! 5. packets for a VIP that we serve are rewritten to our own address and target port
+//! 6. what was opened is merged into super-packets; `poll_inject` gives them to `agent::tun`
+//!
+//! The functions below stand in that order. Sans-IO; no allocation per packet of a known flow.
+//! Source: WireGuard paper §5.4.6, §5.1 (cryptokey routing); RFC 5508 (NAT of ICMP errors).
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::drop::DropReason;
+use super::nat::{Direction, Kind, Tuple};
+use super::noise::Received;
+use super::outbound::Route;
+use super::{Engine, Now, is_unicast};
+use crate::wire::icmp::IcmpError;
+use crate::wire::packet::{Packet, protocol};
+use crate::wire::rewrite::{self, Rewrite};
+use crate::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
+
+/// How long a packet waits for the directory or for a route.
+pub(super) const HELD_LIFE: Duration = Duration::from_secs(1);
+/// Captured packets held for the directory.
+const UNROUTED: usize = 128;
+/// Opened packets held for the directory or the peer gate.
+const INBOUND: usize = 64;
+
+/// What is decided about an opened packet.
+enum Verdict {
+    Inject,
+    Hold(DropReason),
+}
+
+impl Engine {
+    /// Where the driver receives the next train of datagrams into.
+    pub fn receive_buffer(&mut self) -> &mut [u8] {
+        &mut self.receive
+    }
+
+    /// `len` bytes from `from` stand in the receive buffer: datagrams of `segment` bytes each, the last may be shorter.
+    /// What earlier trains gave must have been polled.
+    pub fn handle_datagrams(&mut self, from: SocketAddr, len: usize, segment: usize, now: Now) {
+        let mut buffer = std::mem::take(&mut self.receive);
+        self.coalescer.clear();
+        self.next_train = 0;
+        let len = len.min(buffer.len());
+        let mut start = 0;
+        while start < len {
+            let end = len.min(start + segment.max(1));
+            if let Err(reason) = self.receive_one(from, &mut buffer, start..end, now) {
+                self.counters.drop_one(reason);
+            }
+            start = end;
+        }
+        if len == 0 {
+            self.counters.drop_one(DropReason::NotWireguard);
+        }
+        self.coalescer.finish(&mut buffer);
+        self.receive = buffer;
+        self.settle(now);
+    }
+
+    fn receive_one(
+        &mut self,
+        from: SocketAddr,
+        buffer: &mut [u8],
+        datagram: Range<usize>,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let (peer, payload) = match self.peers.transport.handle(from, &mut buffer[datagram.clone()], now)? {
+            Received::Handshake | Received::Keepalive(_) => return Ok(()),
+            Received::Packet { peer, payload } => (peer, payload),
+        };
+        let peer = self.peers.address(peer).ok_or(DropReason::PeerGone)?;
+        let range = datagram.start + payload.start..datagram.start + payload.end;
+        let packet = Packet::parse(&buffer[range.clone()]).ok_or(DropReason::Malformed)?;
+        let range = range.start..range.start + packet.len;
+        match self.admit(peer, &mut buffer[range.clone()], &packet, now)? {
+            Verdict::Inject if self.coalesce => self.coalescer.push(buffer, range),
+            Verdict::Inject => self.owned.push_back((VnetHeader::PLAIN, buffer[range].to_vec())),
+            Verdict::Hold(reason) => return self.held.hold_inbound(now, peer, &buffer[range], reason),
+        }
+        self.counters.opened += 1;
+        Ok(())
+    }
+
+    /// The injection rule, the peer gate, and DNAT.
+    fn admit(
+        &mut self,
+        peer: IpAddr,
+        bytes: &mut [u8],
+        packet: &Packet,
+        now: Now,
+    ) -> Result<Verdict, DropReason> {
+        let (source, destination) = (packet.source, packet.destination);
+        if !is_unicast(source) || self.own.contains(&source) {
+            return Err(DropReason::NotOwner);
+        }
+        if !is_unicast(destination) {
+            return Err(DropReason::NotForUs);
+        }
+        if !self.routing.is_active(peer) {
+            return Ok(Verdict::Hold(DropReason::HeldTooLong));
+        }
+        if packet.is_later_fragment() {
+            return self.admit_later_fragment(peer, bytes, packet);
+        }
+        if let Some((source_port, destination_port)) = packet.ports(bytes) {
+            let wire = Tuple {
+                protocol: packet.protocol,
+                local: (destination, destination_port),
+                remote: (source, source_port),
+            };
+            let flags = packet.tcp_flags(bytes).unwrap_or(0);
+            let change = if self.own.contains(&destination) {
+                self.admit_to_own(peer, &wire, flags, now)?
+            } else {
+                match self.admit_to_vip(peer, &wire, flags, now)? {
+                    Some(change) => change,
+                    None => return Ok(Verdict::Hold(DropReason::ServiceUnknown)),
+                }
+            };
+            if packet.fragment.is_some() {
+                self.fragments.insert(packet, Route::Peer(peer, change), now);
+            }
+            apply(bytes, packet, &change);
+            return Ok(Verdict::Inject);
+        }
+        if packet.is_icmp_error(bytes) {
+            return self.admit_error(peer, bytes, packet);
+        }
+        if source != peer {
+            return Err(DropReason::NotOwner);
+        }
+        if !self.own.contains(&destination) {
+            return Err(DropReason::NotForUs);
+        }
+        Ok(Verdict::Inject)
+    }
+
+    /// To our own address: from the peer itself, or the answer of the endpoint that we chose.
+    fn admit_to_own(
+        &mut self,
+        peer: IpAddr,
+        wire: &Tuple,
+        flags: u8,
+        now: Now,
+    ) -> Result<Rewrite, DropReason> {
+        if wire.remote.0 != peer {
+            let flow = self.flows.get(wire).filter(|flow| flow.peer == peer && flow.kind == Kind::Client);
+            flow.ok_or(DropReason::NotOwner)?.touch(Direction::Inbound, flags, now);
+            return Ok(UNCHANGED);
+        }
+        if let Some(flow) = self.flows.get_by_wire(wire) {
+            flow.touch(Direction::Inbound, flags, now);
+            return Ok(change_of(&flow.tuple, wire));
+        }
+        match self.flows.get(wire) {
+            Some(flow) if flow.kind == Kind::Direct => {
+                flow.touch(Direction::Inbound, flags, now);
+                Ok(UNCHANGED)
+            }
+            // A flow that came through a VIP already looks like this one to the pod.
+            Some(_) => {
+                let flow = self.flows.insert_server(*wire, wire.local, peer, now)?;
+                flow.touch(Direction::Inbound, flags, now);
+                Ok(change_of(&flow.tuple, wire))
+            }
+            None => {
+                self.flows.insert(*wire, peer, Kind::Direct, now)?.touch(Direction::Inbound, flags, now);
+                Ok(UNCHANGED)
+            }
+        }
+    }
+
+    /// To a VIP: only from the peer itself, and only where we are an endpoint. `None`: the directory does not know it.
+    fn admit_to_vip(
+        &mut self,
+        peer: IpAddr,
+        wire: &Tuple,
+        flags: u8,
+        now: Now,
+    ) -> Result<Option<Rewrite>, DropReason> {
+        if wire.remote.0 != peer {
+            return Err(DropReason::NotOwner);
+        }
+        if let Some(flow) = self.flows.get_by_wire(wire) {
+            flow.touch(Direction::Inbound, flags, now);
+            return Ok(Some(change_of(&flow.tuple, wire)));
+        }
+        let (vip, port) = wire.local;
+        let Some(target) = self.directory.target(vip, wire.protocol, port, now) else { return Ok(None) };
+        let flow = self.flows.insert_server(*wire, target, peer, now)?;
+        flow.touch(Direction::Inbound, flags, now);
+        Ok(Some(change_of(&flow.tuple, wire)))
+    }
+
+    fn admit_later_fragment(
+        &mut self,
+        peer: IpAddr,
+        bytes: &mut [u8],
+        packet: &Packet,
+    ) -> Result<Verdict, DropReason> {
+        match self.fragments.get(packet) {
+            Some(Route::Peer(owner, change)) if owner == peer => {
+                apply(bytes, packet, &change);
+                Ok(Verdict::Inject)
+            }
+            Some(_) => Err(DropReason::NotOwner),
+            None if protocol::has_ports(packet.protocol) => Err(DropReason::FragmentUnmatched),
+            None if packet.source != peer => Err(DropReason::NotOwner),
+            None if !self.own.contains(&packet.destination) => Err(DropReason::NotForUs),
+            None => Ok(Verdict::Inject),
+        }
+    }
+
+    /// An ICMP error is judged by what it quotes: a packet that we sent to that peer.
+    fn admit_error(
+        &mut self,
+        peer: IpAddr,
+        bytes: &mut [u8],
+        packet: &Packet,
+    ) -> Result<Verdict, DropReason> {
+        let quoted = packet.embedded(bytes).ok_or(DropReason::Malformed)?;
+        let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
+        if packet.source != peer && packet.source != inner.destination {
+            return Err(DropReason::NotOwner);
+        }
+        let ports = inner.ports(&bytes[quoted]);
+        let wire = ports.map(|(source, destination)| Tuple {
+            protocol: inner.protocol,
+            local: (inner.source, source),
+            remote: (inner.destination, destination),
+        });
+        if let Some(flow) = wire.and_then(|wire| self.flows.get_by_wire(&wire)) {
+            if flow.peer != peer {
+                return Err(DropReason::NotOwner);
+            }
+            let (local, remote) = (flow.tuple.local, flow.tuple.remote);
+            let change = Rewrite {
+                source: Some((local.0, Some(local.1))),
+                destination: Some((remote.0, Some(remote.1))),
+            };
+            rewrite::apply_embedded(bytes, packet, &change, false);
+            if packet.destination != local.0 {
+                let outer = Rewrite { source: None, destination: Some((local.0, None)) };
+                rewrite::apply(bytes, packet, &outer, false);
+            }
+            return Ok(Verdict::Inject);
+        }
+        if !self.own.contains(&inner.source) || !self.own.contains(&packet.destination) {
+            return Err(DropReason::NotForUs);
+        }
+        let ours = wire.and_then(|wire| self.flows.get(&wire)).is_some_and(|flow| flow.peer == peer);
+        if ours || inner.destination == peer { Ok(Verdict::Inject) } else { Err(DropReason::NotOwner) }
+    }
+
+    /// A route or the directory changed: opened packets that waited get another chance.
+    pub(super) fn retry_held(&mut self, now: Now) {
+        for mut held in self.held.take_inbound() {
+            let Some(packet) = Packet::parse(&held.bytes) else { continue };
+            match self.admit(held.peer, &mut held.bytes, &packet, now) {
+                Ok(Verdict::Inject) => {
+                    self.counters.opened += 1;
+                    self.owned.push_back((VnetHeader::PLAIN, held.bytes));
+                }
+                Ok(Verdict::Hold(_)) => self.held.inbound.push_back(held),
+                Err(reason) => self.counters.drop_one(reason),
+            }
+        }
+    }
+
+    /// Held packets whose time is over.
+    pub(super) fn expire_held(&mut self, now: Now) {
+        while let Some(held) = self.held.inbound.pop_front_if(|held| held.until <= now.instant) {
+            self.counters.drop_one(held.reason);
+        }
+        while let Some((_, burst)) = self.held.unrouted.pop_front_if(|(until, _)| *until <= now.instant) {
+            self.counters.drop_one(DropReason::UnknownDestination);
+            self.answer_with(IcmpError::AdminProhibited, &burst[VNET_HEADER_LEN..]);
+        }
+    }
+}
+
+const UNCHANGED: Rewrite = Rewrite { source: None, destination: None };
+
+/// From what is on the wire to what the pod sees.
+fn change_of(tuple: &Tuple, wire: &Tuple) -> Rewrite {
+    Rewrite {
+        source: (tuple.remote != wire.remote).then_some((tuple.remote.0, Some(tuple.remote.1))),
+        destination: (tuple.local != wire.local).then_some((tuple.local.0, Some(tuple.local.1))),
+    }
+}
+
+fn apply(bytes: &mut [u8], packet: &Packet, change: &Rewrite) {
+    if change.source.is_some() || change.destination.is_some() {
+        rewrite::apply(bytes, packet, change, false);
+    }
+}
+
+struct HeldPacket {
+    until: Instant,
+    peer: IpAddr,
+    bytes: Vec<u8>,
+    reason: DropReason,
+}
+
+/// Packets that wait: captured ones for the directory, opened ones for the directory or the peer gate.
+pub(super) struct Held {
+    unrouted: VecDeque<(Instant, Vec<u8>)>,
+    inbound: VecDeque<HeldPacket>,
+}
+
+impl Held {
+    pub(super) fn new() -> Self {
+        Self { unrouted: VecDeque::new(), inbound: VecDeque::new() }
+    }
+
+    pub(super) fn hold_unrouted(&mut self, until: Instant, burst: &[u8]) -> Result<(), DropReason> {
+        if self.unrouted.len() >= UNROUTED {
+            return Err(DropReason::QueueFull);
+        }
+        self.unrouted.push_back((until, burst.to_vec()));
+        Ok(())
+    }
+
+    fn hold_inbound(
+        &mut self,
+        now: Now,
+        peer: IpAddr,
+        bytes: &[u8],
+        reason: DropReason,
+    ) -> Result<(), DropReason> {
+        if self.inbound.len() >= INBOUND {
+            return Err(DropReason::QueueFull);
+        }
+        let until = now.instant + HELD_LIFE;
+        self.inbound.push_back(HeldPacket { until, peer, bytes: bytes.to_vec(), reason });
+        Ok(())
+    }
+
+    pub(super) fn take_unrouted(&mut self) -> VecDeque<(Instant, Vec<u8>)> {
+        std::mem::take(&mut self.unrouted)
+    }
+
+    fn take_inbound(&mut self) -> VecDeque<HeldPacket> {
+        std::mem::take(&mut self.inbound)
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let unrouted = self.unrouted.front().map(|(until, _)| *until);
+        unrouted.into_iter().chain(self.inbound.front().map(|held| held.until)).min()
+    }
+}

@@ -1,0 +1,37 @@
+//! Sizes: how much of the link's MTU a sealed packet leaves to the pod.
+
+use std::net::IpAddr;
+
+/// Transport header (16) and authentication tag (16) of a sealed packet, in bytes.
+pub const RECORD_HEADER: usize = 16;
+/// Length of the authentication tag, in bytes.
+pub const RECORD_TAG: usize = 16;
+
+/// Outer IPv4 and UDP headers, record header and tag.
+const OVERHEAD_V4: u32 = 60;
+/// Outer IPv6 and UDP headers, record header and tag.
+const OVERHEAD_V6: u32 = 80;
+
+/// The MTU of a protected route: the link's, less the overhead, rounded down to 16 so that a full packet needs no
+/// padding. Never below what the family must carry.
+#[must_use]
+pub fn inner_mtu(link_mtu: u32, family: IpAddr) -> u32 {
+    let (overhead, least) = if family.is_ipv4() { (OVERHEAD_V4, 576) } else { (OVERHEAD_V6, 1280) };
+    (link_mtu.saturating_sub(overhead) & !15).max(least)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_inner_packet_fills_the_link_without_padding() {
+        let v4: IpAddr = "10.0.0.1".parse().unwrap();
+        let v6: IpAddr = "fd00::1".parse().unwrap();
+        for (link, want4, want6) in [(1500, 1440, 1408), (1450, 1376, 1360), (9000, 8928, 8912)] {
+            assert_eq!(inner_mtu(link, v4), want4);
+            assert_eq!(inner_mtu(link, v6), want6);
+            assert!(inner_mtu(link, v4) + 60 <= link && inner_mtu(link, v6) + 80 <= link);
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The flow table: one entry per flow of the pod, keyed by the 5-tuple that the pod's own stack sees.
+//!
+//! - a *direct* flow between two pods is carried as it is;
+//! - a *client* flow goes to a VIP and is pinned to the endpoint chosen for it; its packets keep the VIP;
+//! - a *server* flow came for a VIP (or its source port had to change): packets are rewritten to our own address and
+//!   target port on the way in, and back on the way out;
+//! - a *hairpin* is a pod that reaches itself through a VIP: two entries, one for each side of the pod.
+//!
+//! All inbound flows, direct ones too, stand in this one table, so two flows that would become equal after DNAT are
+//! seen: the later gets another source port. Nothing is allocated per packet; the table is capped.
+//! Source: RFC 4787 and RFC 5382 (time-outs), RFC 6146 §3.5.2.2 (TCP states of a translator, simplified).
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use foldhash::quality::FixedState;
+
+use super::Now;
+use super::drop::DropReason;
+use crate::wire::packet::{TCP_FIN, TCP_RST};
+
+/// Most flows per agent; about 128 bytes each.
+pub const MAX_FLOWS: usize = 65_536;
+/// Slots looked at per sweep, so that a sweep stays below a millisecond.
+const SWEEP: usize = 4096;
+
+const UDP_UNREPLIED: Duration = Duration::from_secs(60);
+const UDP_STREAM: Duration = Duration::from_secs(180);
+const TCP_UNREPLIED: Duration = Duration::from_secs(120);
+/// Two idle hours are common; a day is the cap.
+const TCP_OPEN: Duration = Duration::from_secs(24 * 3600);
+const TCP_CLOSED: Duration = Duration::from_secs(60);
+const TCP_RESET: Duration = Duration::from_secs(10);
+
+/// A flow as the pod's stack sees it. Ports are 0 for protocols without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tuple {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The pod's side.
+    pub local: (IpAddr, u16),
+    /// The other side.
+    pub remote: (IpAddr, u16),
+}
+
+/// What is done to a flow's packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing: both sides use pod addresses.
+    Direct,
+    /// To a VIP; `Flow::peer` is the pinned endpoint.
+    Client,
+    /// Came for `service` from the peer's port `client_port`; the pod sees its own address and `Tuple::remote`.
+    Server {
+        /// Address and port the client used.
+        service: (IpAddr, u16),
+        /// The client's source port on the wire.
+        client_port: u16,
+    },
+    /// Outgoing side of a hairpin: to our own `target` port, with the VIP and `alias` as source.
+    HairpinOut {
+        /// Our own target port.
+        target: u16,
+        /// Source port the server side sees.
+        alias: u16,
+    },
+    /// Answering side of a hairpin: back to our own `client_port`, with VIP and `service_port` as source.
+    HairpinBack {
+        /// The Service's port.
+        service_port: u16,
+        /// The port the client side used.
+        client_port: u16,
+    },
+}
+
+/// One entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Flow {
+    /// The key.
+    pub tuple: Tuple,
+    /// The workload that owns the other side.
+    pub peer: IpAddr,
+    /// What is done to its packets.
+    pub kind: Kind,
+    last_seen: Instant,
+    seen: u8,
+}
+
+/// Index of a flow in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowId(u32);
+
+const SEEN_OUT: u8 = 1;
+const SEEN_IN: u8 = 2;
+const FIN_OUT: u8 = 4;
+const FIN_IN: u8 = 8;
+const RESET: u8 = 16;
+
+/// Which way a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the pod.
+    Outbound,
+    /// To the pod.
+    Inbound,
+}
+
+impl Flow {
+    /// Notes a packet and, for TCP, its flags.
+    pub fn touch(&mut self, direction: Direction, tcp_flags: u8, now: Now) {
+        self.last_seen = now.instant;
+        let (seen, fin) = match direction {
+            Direction::Outbound => (SEEN_OUT, FIN_OUT),
+            Direction::Inbound => (SEEN_IN, FIN_IN),
+        };
+        self.seen |= seen;
+        if tcp_flags & TCP_FIN != 0 {
+            self.seen |= fin;
+        }
+        if tcp_flags & TCP_RST != 0 {
+            self.seen |= RESET;
+        }
+    }
+
+    /// A new connection reuses the 5-tuple.
+    pub fn restart(&mut self, now: Now) {
+        self.seen = 0;
+        self.last_seen = now.instant;
+    }
+
+    /// Whether packets were seen in both directions.
+    fn is_replied(&self) -> bool {
+        self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
+    }
+
+    fn life(&self) -> Duration {
+        match (self.tuple.protocol, self.is_replied()) {
+            (6, _) if self.seen & RESET != 0 => TCP_RESET,
+            (6, _) if self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN => TCP_CLOSED,
+            (6, false) => TCP_UNREPLIED,
+            (6, true) => TCP_OPEN,
+            (_, false) => UDP_UNREPLIED,
+            (_, true) => UDP_STREAM,
+        }
+    }
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Flows {
+    slots: Vec<Option<Flow>>,
+    free: Vec<u32>,
+    by_tuple: HashMap<Tuple, u32, FixedState>,
+    /// Server flows by what is on the wire: local = (VIP, port), remote = the client's own address and port.
+    by_wire: HashMap<Tuple, u32, FixedState>,
+    cursor: usize,
+}
+
+impl Flows {
+    /// An empty table whose hash is keyed by `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        let state = FixedState::with_seed(seed);
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_tuple: HashMap::with_hasher(state.clone()),
+            by_wire: HashMap::with_hasher(state),
+            cursor: 0,
+        }
+    }
+
+    /// Flows in the table.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_tuple.len()
+    }
+
+    /// Whether the table is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_tuple.is_empty()
+    }
+
+    /// The flow that the pod sees as `tuple`.
+    pub fn get(&mut self, tuple: &Tuple) -> Option<&mut Flow> {
+        let slot = *self.by_tuple.get(tuple)?;
+        self.slots[slot as usize].as_mut()
+    }
+
+    /// The server flow that the network sees as `wire` (local = VIP and port, remote = client).
+    pub fn get_by_wire(&mut self, wire: &Tuple) -> Option<&mut Flow> {
+        let slot = *self.by_wire.get(wire)?;
+        self.slots[slot as usize].as_mut()
+    }
+
+    /// Adds a flow that does not change ports: direct or client.
+    ///
+    /// # Errors
+    /// `FlowTableFull`.
+    pub fn insert(
+        &mut self,
+        tuple: Tuple,
+        peer: IpAddr,
+        kind: Kind,
+        now: Now,
+    ) -> Result<&mut Flow, DropReason> {
+        self.put(Flow { tuple, peer, kind, last_seen: now.instant, seen: 0 }, None)
+    }
+
+    /// Adds an inbound flow that the network sees as `wire` and the pod shall see at its own `target`. Keeps the
+    /// client's port if that is free, else takes another one.
+    ///
+    /// # Errors
+    /// `FlowTableFull`, also where every port is taken.
+    pub fn insert_server(
+        &mut self,
+        wire: Tuple,
+        target: (IpAddr, u16),
+        peer: IpAddr,
+        now: Now,
+    ) -> Result<&mut Flow, DropReason> {
+        let tuple = self
+            .free_tuple(Tuple { protocol: wire.protocol, local: target, remote: wire.remote })
+            .ok_or(DropReason::FlowTableFull)?;
+        let kind = Kind::Server { service: wire.local, client_port: wire.remote.1 };
+        self.put(Flow { tuple, peer, kind, last_seen: now.instant, seen: 0 }, Some(wire))
+    }
+
+    /// Adds both entries of a hairpin: `out` as the client side of the pod sees it, `target` = our own address and port.
+    ///
+    /// # Errors
+    /// `FlowTableFull`.
+    pub fn insert_hairpin(
+        &mut self,
+        out: Tuple,
+        target: (IpAddr, u16),
+        now: Now,
+    ) -> Result<&mut Flow, DropReason> {
+        let (vip, service_port) = out.remote;
+        let back = self
+            .free_tuple(Tuple { protocol: out.protocol, local: target, remote: (vip, out.local.1) })
+            .ok_or(DropReason::FlowTableFull)?;
+        let kind = Kind::HairpinBack { service_port, client_port: out.local.1 };
+        self.put(Flow { tuple: back, peer: target.0, kind, last_seen: now.instant, seen: 0 }, None)?;
+        let kind = Kind::HairpinOut { target: target.1, alias: back.remote.1 };
+        self.put(Flow { tuple: out, peer: target.0, kind, last_seen: now.instant, seen: 0 }, None)
+    }
+
+    fn free_tuple(&self, wanted: Tuple) -> Option<Tuple> {
+        if !self.by_tuple.contains_key(&wanted) {
+            return Some(wanted);
+        }
+        let start = wanted.remote.1;
+        (1..u16::MAX)
+            .map(|step| Tuple { remote: (wanted.remote.0, start.wrapping_add(step).max(1024)), ..wanted })
+            .find(|tuple| !self.by_tuple.contains_key(tuple))
+    }
+
+    fn put(&mut self, flow: Flow, wire: Option<Tuple>) -> Result<&mut Flow, DropReason> {
+        if let Some(&old) = self.by_tuple.get(&flow.tuple) {
+            self.remove(old);
+        }
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None if self.slots.len() < MAX_FLOWS => {
+                self.slots.push(None);
+                u32::try_from(self.slots.len() - 1).expect("MAX_FLOWS fits u32")
+            }
+            None => return Err(DropReason::FlowTableFull),
+        };
+        self.by_tuple.insert(flow.tuple, slot);
+        if let Some(wire) = wire {
+            self.by_wire.insert(wire, slot);
+        }
+        Ok(self.slots[slot as usize].insert(flow))
+    }
+
+    fn remove(&mut self, slot: u32) {
+        let Some(flow) = self.slots[slot as usize].take() else { return };
+        self.by_tuple.remove(&flow.tuple);
+        if let Kind::Server { service, client_port } = flow.kind {
+            let wire = Tuple {
+                protocol: flow.tuple.protocol,
+                local: service,
+                remote: (flow.tuple.remote.0, client_port),
+            };
+            self.by_wire.remove(&wire);
+        }
+        self.free.push(slot);
+    }
+
+    /// Forgets the flow that the pod sees as `tuple`.
+    pub fn forget(&mut self, tuple: &Tuple) {
+        if let Some(&slot) = self.by_tuple.get(tuple) {
+            self.remove(slot);
+        }
+    }
+
+    /// Drops flows whose life is over; looks at a bounded number per call.
+    pub fn sweep(&mut self, now: Now) {
+        for _ in 0..self.slots.len().min(SWEEP) {
+            self.cursor = (self.cursor + 1) % self.slots.len();
+            let over =
+                self.slots[self.cursor].is_some_and(|flow| flow.last_seen + flow.life() <= now.instant);
+            if over {
+                self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::test_start;
+
+    const OWN: (IpAddr, u16) = (IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 1)), 8080);
+    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 2));
+    const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 96, 0, 1));
+
+    fn now(seconds: u64) -> Now {
+        Now { instant: test_start() + Duration::from_secs(seconds), wall: Duration::from_secs(seconds) }
+    }
+
+    fn wire(service: (IpAddr, u16), port: u16) -> Tuple {
+        Tuple { protocol: 6, local: service, remote: (CLIENT, port) }
+    }
+
+    #[test]
+    fn two_flows_that_would_become_equal_after_dnat_get_different_source_ports() {
+        let mut flows = Flows::new(1);
+        let direct = Tuple { protocol: 6, local: OWN, remote: (CLIENT, 4000) };
+        flows.insert(direct, CLIENT, Kind::Direct, now(0)).unwrap();
+        let first = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap().tuple;
+        let second = flows.insert_server(wire((VIP, 81), 4000), OWN, CLIENT, now(0)).unwrap().tuple;
+        assert_eq!(flows.len(), 3);
+        assert!(first.remote.1 != 4000 && second.remote.1 != 4000 && first != second);
+        assert_eq!(flows.get_by_wire(&wire((VIP, 81), 4000)).unwrap().tuple, second);
+        let Kind::Server { service, client_port } = flows.get(&first).unwrap().kind else { panic!() };
+        assert_eq!((service, client_port), ((VIP, 80), 4000));
+    }
+
+    #[test]
+    fn a_full_table_refuses_new_flows_and_sweeping_makes_room() {
+        let mut flows = Flows::new(1);
+        let tuple = |n: usize| Tuple {
+            protocol: 17,
+            local: (OWN.0, u16::try_from(n % 60_000).unwrap()),
+            remote: (VIP, u16::try_from(n / 60_000).unwrap()),
+        };
+        for n in 0..MAX_FLOWS {
+            flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
+        }
+        assert_eq!(
+            flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(0)).unwrap_err(),
+            DropReason::FlowTableFull
+        );
+        for _ in 0..MAX_FLOWS / SWEEP {
+            flows.sweep(now(61));
+        }
+        assert!(flows.is_empty() && flows.by_wire.is_empty());
+        flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(61)).unwrap();
+    }
+
+    #[test]
+    fn a_half_closed_connection_lives_and_a_closed_one_ends() {
+        let mut flows = Flows::new(1);
+        let flow = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap();
+        let tuple = flow.tuple;
+        flow.touch(Direction::Inbound, TCP_FIN, now(1));
+        flow.touch(Direction::Outbound, 0, now(1));
+        flows.sweep(now(7200));
+        flows.get(&tuple).unwrap().touch(Direction::Outbound, TCP_FIN, now(7200));
+        flows.sweep(now(7261));
+        assert!(flows.get(&tuple).is_none() && flows.get_by_wire(&wire((VIP, 80), 4000)).is_none());
+    }
+}

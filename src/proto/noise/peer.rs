@@ -1,0 +1,390 @@
+//! One peer: its sessions, its handshake under way, its timers.
+//!
+//! - wanting a session: `begin` (the engine has something to send), `seal` (the session grows old), `receive` (the same,
+//!   seen from the receiving side), the no-reply timer. All start an [`Attempt`]: an initiation, retries, an end
+//! - getting one: `answer` (we respond; the peer's first message confirms) or `finish` (the peer responded)
+//! - losing one: the hard limit
+//!
+//! Nothing here changes before the message that causes it is authenticated.
+//! Source: WireGuard paper sections 6.1 to 6.5.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use super::constants::{
+    CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT, RESPONSE_LEN,
+    TAG_LEN,
+};
+use super::handshake::{Consumed, Initiator, Mac1Key, SessionKeys, Tai64n};
+use super::index::{PeerId, ReceiverIndex};
+use super::session::{Keypairs, Role, Session};
+use super::shared::Shared;
+use super::timers::{Timer, Timers};
+use super::{Event, PeerConfig, PublicKey, Received, Sealer};
+use crate::proto::Now;
+use crate::proto::drop::DropReason;
+
+/// Everything the transport knows about a peer.
+pub(super) struct Peer {
+    id: PeerId,
+    pub(super) config: PeerConfig,
+    mac1: Mac1Key,
+    /// Which of our static keys it is spoken to with; none if we have no address of its family.
+    local: Option<usize>,
+    /// Where to send. The peer's own address, unless roaming is on.
+    pub(super) endpoint: SocketAddr,
+    pub(super) keypairs: Keypairs,
+    initiation: Option<Box<Initiation>>,
+    attempt: Option<Attempt>,
+    timers: Timers,
+    /// The peer's entry in the schedule.
+    pub(super) wake: Option<Instant>,
+    /// Greatest time stamp of an initiation consumed.
+    greatest_stamp: Option<Tai64n>,
+    last_consumed: Option<Instant>,
+    /// Data came while a keepalive was due already.
+    another_keepalive: bool,
+}
+
+/// The newest initiation that was sent; only its response counts.
+struct Initiation {
+    state: Initiator,
+    index: ReceiverIndex,
+    sent: Instant,
+}
+
+/// Trying to make a session: from the first initiation to a session or the end.
+struct Attempt {
+    started: Instant,
+    retries: usize,
+}
+
+impl Peer {
+    pub(super) fn new(id: PeerId, config: PeerConfig, local: Option<usize>) -> Self {
+        let endpoint = SocketAddr::new(config.address, config.port);
+        let mac1 = Mac1Key::new(&config.public);
+        Self {
+            id,
+            config,
+            mac1,
+            local,
+            endpoint,
+            keypairs: Keypairs::default(),
+            initiation: None,
+            attempt: None,
+            timers: Timers::default(),
+            wake: None,
+            greatest_stamp: None,
+            last_consumed: None,
+            another_keepalive: false,
+        }
+    }
+
+    /// Every receiver index in use.
+    pub(super) fn indices(&self) -> impl Iterator<Item = ReceiverIndex> {
+        let handshake = self.initiation.as_ref().map(|initiation| initiation.index);
+        self.keypairs.iter().map(|session| session.local).chain(handshake)
+    }
+
+    /// Whether a session can seal now.
+    pub(super) fn is_sendable(&self, shared: &Shared, now: Now) -> bool {
+        self.keypairs
+            .current
+            .as_ref()
+            .is_some_and(|s| s.has_counters() && s.age(now.instant) < shared.options.reject_after)
+    }
+
+    /// The engine wants a session.
+    pub(super) fn begin(&mut self, shared: &mut Shared, now: Now) {
+        if self.local.is_none() || self.is_sendable(shared, now) {
+            return;
+        }
+        self.start_attempt(shared, now);
+        self.timers.set(Timer::GiveUp, now.instant + shared.options.attempt_time);
+        self.timers.set_if_unset(Timer::Silent, now.instant + shared.options.silent_after);
+        self.reschedule(shared);
+    }
+
+    /// The session to seal with, and the decision whether it is time for the next one.
+    pub(super) fn seal<'a>(&'a mut self, shared: &mut Shared, now: Now) -> Option<Sealer<'a>> {
+        if !self.is_sendable(shared, now) {
+            return None;
+        }
+        self.rekey_on_sending(shared, now);
+        self.another_keepalive = false;
+        self.timers.clear(Timer::Keepalive);
+        self.timers.set_if_unset(Timer::NoReply, now.instant + shared.options.no_reply_after());
+        self.reschedule(shared);
+        let session = self.keypairs.current.as_deref_mut()?;
+        Some(Sealer { session, endpoint: self.endpoint })
+    }
+
+    /// A transport data message.
+    pub(super) fn receive(
+        &mut self,
+        index: ReceiverIndex,
+        from: SocketAddr,
+        datagram: &mut [u8],
+        shared: &mut Shared,
+        now: Now,
+    ) -> Result<Received, DropReason> {
+        let session = self.keypairs.find(index).ok_or(DropReason::IndexUnknown)?;
+        if session.age(now.instant) >= shared.options.reject_after {
+            return Err(DropReason::SessionExpired);
+        }
+        let opened = session.open(datagram)?;
+        // Before the counter counts as seen: a copy sent from elsewhere must not shut out the original.
+        if from != self.endpoint {
+            if !shared.options.roaming {
+                return Err(DropReason::OuterSource);
+            }
+            self.endpoint = from;
+        }
+        session.accept(opened.counter);
+        self.timers.clear(Timer::NoReply);
+        if self.keypairs.is_confirmed_by(index) {
+            let fallen = self.keypairs.confirm_next();
+            shared.retire(fallen);
+            self.established(shared);
+        }
+        self.rekey_on_receiving(index, shared, now);
+        if opened.payload.is_empty() {
+            return Ok(Received::Keepalive(self.id));
+        }
+        if self.timers.is_set(Timer::Keepalive) {
+            self.another_keepalive = true;
+        } else {
+            self.timers.set(Timer::Keepalive, now.instant + shared.options.keepalive);
+            self.reschedule(shared);
+        }
+        Ok(Received::Packet { peer: self.id, payload: opened.payload })
+    }
+
+    /// An initiation of this peer: it is answered, and the session waits for the peer's first message.
+    pub(super) fn answer(
+        &mut self,
+        consumed: Consumed,
+        own: &PublicKey,
+        from: SocketAddr,
+        shared: &mut Shared,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        if from != self.endpoint && !shared.options.roaming {
+            return Err(DropReason::OuterSource);
+        }
+        shared.check_skew(consumed.stamp, now)?;
+        if self.greatest_stamp.is_some_and(|greatest| consumed.stamp <= greatest) {
+            return Err(DropReason::HandshakeReplay);
+        }
+        if self.last_consumed.is_some_and(|last| since(last, now) < INITIATION_INTERVAL) {
+            return Err(DropReason::HandshakeFlood);
+        }
+        self.greatest_stamp = Some(consumed.stamp);
+        self.last_consumed = Some(now.instant);
+        self.endpoint = from;
+        self.timers.clear(Timer::NoReply);
+        // Two initiations crossed: both sides prefer the one of the greater key. The other side still answers, so a
+        // peer that does not know this rule is not left waiting for more than one retry.
+        let crossed = self.initiation.as_ref().is_some_and(|mine| since(mine.sent, now) < CROSSING);
+        if crossed && *own > self.config.public {
+            return Ok(());
+        }
+        let index = shared.indices.insert(self.id, &mut shared.rng);
+        let (keys, message) = consumed
+            .respond(&self.mac1, &self.config.psk, index)
+            .inspect_err(|_| shared.indices.remove(index))?;
+        let session = self.session(&keys, index, Role::Responder, shared, now);
+        let fallen = self.keypairs.install_next(session);
+        shared.retire(fallen);
+        self.plan_expiry(shared);
+        shared.transmits.push_back((self.endpoint, message.to_vec()));
+        self.reschedule(shared);
+        Ok(())
+    }
+
+    /// A response for this peer: the session seals at once, and something is sent so that the peer may seal, too.
+    pub(super) fn finish(
+        &mut self,
+        index: ReceiverIndex,
+        from: SocketAddr,
+        message: &[u8; RESPONSE_LEN],
+        shared: &mut Shared,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let initiation =
+            self.initiation.as_mut().filter(|mine| mine.index == index).ok_or(DropReason::IndexUnknown)?;
+        if from != self.endpoint && !shared.options.roaming {
+            return Err(DropReason::OuterSource);
+        }
+        let keys = initiation.state.finish(message)?;
+        // From here on the session owns the index, and the initiation is gone: the response cannot count twice.
+        self.initiation = None;
+        self.endpoint = from;
+        let session = self.session(&keys, index, Role::Initiator, shared, now);
+        let fallen = self.keypairs.install_current(session);
+        shared.retire(fallen);
+        self.established(shared);
+        self.timers.clear(Timer::NoReply);
+        // Data that the engine seals before it runs the timers takes the place of this keepalive.
+        self.timers.set(Timer::Keepalive, now.instant);
+        self.reschedule(shared);
+        Ok(())
+    }
+
+    /// Runs the timers that are due.
+    pub(super) fn handle_timeout(&mut self, shared: &mut Shared, now: Now) {
+        while let Some(timer) = self.timers.take_due(now.instant) {
+            match timer {
+                Timer::Expire => self.expire(shared, now),
+                Timer::NoReply => self.start_attempt(shared, now),
+                Timer::GiveUp => self.give_up(shared),
+                Timer::Retry => self.retry(shared, now),
+                Timer::Silent => shared.events.push_back(Event::Silent(self.id)),
+                Timer::Keepalive => self.send_keepalive(shared, now),
+            }
+        }
+        self.reschedule(shared);
+    }
+
+    fn start_attempt(&mut self, shared: &mut Shared, now: Now) {
+        if self.attempt.is_some() || self.local.is_none() {
+            return;
+        }
+        self.attempt = Some(Attempt { started: now.instant, retries: 0 });
+        self.timers.set(Timer::Retry, now.instant + EARLY_RETRIES[0]);
+        self.timers.set(Timer::GiveUp, now.instant + shared.options.attempt_time);
+        // A session that the peer asked for a moment ago is about to be confirmed; if it is not, the retry asks.
+        let awaited = self.keypairs.awaited().is_some_and(|session| session.age(now.instant) < CROSSING);
+        if !awaited {
+            self.send_initiation(shared, now);
+        }
+    }
+
+    fn retry(&mut self, shared: &mut Shared, now: Now) {
+        let Some(attempt) = self.attempt.as_mut() else { return };
+        attempt.retries += 1;
+        let next = match EARLY_RETRIES.get(attempt.retries) {
+            // A driver that slept over several retries sends one.
+            Some(offset) => (attempt.started + *offset).max(now.instant + CROSSING),
+            None => now.instant + REKEY_TIMEOUT + shared.jitter(REKEY_JITTER),
+        };
+        self.timers.set(Timer::Retry, next);
+        self.send_initiation(shared, now);
+    }
+
+    fn give_up(&mut self, shared: &mut Shared) {
+        self.end_attempt(shared);
+        if self.timers.is_set(Timer::Silent) {
+            self.timers.clear(Timer::Silent);
+            shared.events.push_back(Event::Silent(self.id));
+        }
+    }
+
+    fn end_attempt(&mut self, shared: &mut Shared) {
+        self.attempt = None;
+        if let Some(initiation) = self.initiation.take() {
+            shared.indices.remove(initiation.index);
+        }
+        self.timers.clear(Timer::Retry);
+        self.timers.clear(Timer::GiveUp);
+    }
+
+    fn send_initiation(&mut self, shared: &mut Shared, now: Now) {
+        let Some(local) = self.local else { return };
+        if let Some(replaced) = self.initiation.take() {
+            shared.indices.remove(replaced.index);
+        }
+        let index = shared.indices.insert(self.id, &mut shared.rng);
+        let stamp = shared.stamp(now);
+        let ephemeral = shared.ephemeral();
+        let local = &shared.locals[local].keys;
+        match local.initiate(&self.config.public, &self.mac1, &self.config.psk, index, stamp, ephemeral) {
+            Ok((state, message)) => {
+                self.initiation = Some(Box::new(Initiation { state, index, sent: now.instant }));
+                shared.transmits.push_back((self.endpoint, message.to_vec()));
+            }
+            // The peer's key is a low-order point: it stays silent, and is reported as such.
+            Err(_) => shared.indices.remove(index),
+        }
+    }
+
+    fn session(
+        &self,
+        keys: &SessionKeys,
+        index: ReceiverIndex,
+        role: Role,
+        shared: &Shared,
+        now: Now,
+    ) -> Session {
+        Session::new(keys, index, role, shared.options.reject_after_messages, now.instant)
+    }
+
+    fn established(&mut self, shared: &mut Shared) {
+        self.end_attempt(shared);
+        self.timers.clear(Timer::Silent);
+        self.plan_expiry(shared);
+        shared.events.push_back(Event::Established(self.id));
+    }
+
+    fn plan_expiry(&mut self, shared: &Shared) {
+        match self.keypairs.iter().map(|session| session.created + shared.options.reject_after).min() {
+            Some(at) => self.timers.set(Timer::Expire, at),
+            None => self.timers.clear(Timer::Expire),
+        }
+    }
+
+    fn expire(&mut self, shared: &mut Shared, now: Now) {
+        for session in self.keypairs.take_expired(shared.options.reject_after, now.instant) {
+            shared.retire(session);
+        }
+        self.plan_expiry(shared);
+        if self.keypairs.iter().next().is_none() {
+            self.timers.clear(Timer::Keepalive);
+            self.timers.clear(Timer::NoReply);
+            shared.events.push_back(Event::Expired(self.id));
+        }
+    }
+
+    fn rekey_on_sending(&mut self, shared: &mut Shared, now: Now) {
+        let Some(session) = &self.keypairs.current else { return };
+        let old = session.role == Role::Initiator && session.age(now.instant) >= shared.options.rekey_after;
+        if old || session.sealed() >= shared.options.rekey_after_messages {
+            self.start_attempt(shared, now);
+        }
+    }
+
+    fn rekey_on_receiving(&mut self, index: ReceiverIndex, shared: &mut Shared, now: Now) {
+        let Some(session) = self.keypairs.current.as_ref().filter(|session| session.local == index) else {
+            return;
+        };
+        if session.role == Role::Initiator
+            && session.age(now.instant) >= shared.options.rekey_on_receiving_after()
+        {
+            self.start_attempt(shared, now);
+            self.reschedule(shared);
+        }
+    }
+
+    fn send_keepalive(&mut self, shared: &mut Shared, now: Now) {
+        if !self.is_sendable(shared, now) {
+            return;
+        }
+        self.rekey_on_sending(shared, now);
+        let Some(session) = self.keypairs.current.as_mut() else { return };
+        let mut record = vec![0; HEADER_LEN + TAG_LEN];
+        if session.seal(&mut record).is_ok() {
+            shared.transmits.push_back((self.endpoint, record));
+        }
+        if std::mem::take(&mut self.another_keepalive) {
+            self.timers.set(Timer::Keepalive, now.instant + shared.options.keepalive);
+        }
+    }
+
+    fn reschedule(&mut self, shared: &mut Shared) {
+        shared.schedule.ensure(self.id, &mut self.wake, self.timers.earliest());
+    }
+}
+
+fn since(then: Instant, now: Now) -> std::time::Duration {
+    now.instant.saturating_duration_since(then)
+}

@@ -1,0 +1,195 @@
+//! Primitives for the handshake, handed to `snow`: X25519 that refuses low-order points, ChaCha20-Poly1305 and BLAKE2s.
+//!
+//! The ephemeral secret is drawn from the core's generator by the caller, so that the handshake reads no randomness of
+//! its own. Secrets held here are wiped when dropped.
+//! Source: Noise specification revision 34, sections 4 and 12; RFC 7748 section 6.1 (all-zero shared secret).
+
+use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use blake2::{Blake2s256, Digest};
+use snow::params::{CipherChoice, DHChoice, HashChoice};
+use snow::resolvers::CryptoResolver;
+use snow::types::{Cipher, Dh, Hash, Random};
+use zeroize::Zeroizing;
+
+use super::constants::TAG_LEN;
+
+/// Primitives of one handshake.
+pub(super) struct Resolver {
+    /// The bytes that become the ephemeral secret.
+    pub(super) ephemeral: Zeroizing<[u8; 32]>,
+}
+
+impl CryptoResolver for Resolver {
+    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
+        Some(Box::new(Once(Some(self.ephemeral.clone()))))
+    }
+
+    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
+        matches!(choice, DHChoice::Curve25519).then(|| Box::new(X25519::default()) as Box<dyn Dh>)
+    }
+
+    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
+        matches!(choice, HashChoice::Blake2s).then(|| Box::new(Blake2s::default()) as Box<dyn Hash>)
+    }
+
+    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
+        matches!(choice, CipherChoice::ChaChaPoly)
+            .then(|| Box::new(ChaChaPoly { key: None }) as Box<dyn Cipher>)
+    }
+}
+
+/// Gives its bytes once; a handshake makes one ephemeral key.
+struct Once(Option<Zeroizing<[u8; 32]>>);
+
+impl Random for Once {
+    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
+        let bytes = self.0.take().filter(|bytes| bytes.len() == dest.len()).ok_or(snow::Error::Rng)?;
+        dest.copy_from_slice(&bytes[..]);
+        Ok(())
+    }
+}
+
+struct X25519 {
+    secret: Zeroizing<[u8; 32]>,
+    public: [u8; 32],
+}
+
+impl Default for X25519 {
+    fn default() -> Self {
+        Self { secret: Zeroizing::new([0; 32]), public: [0; 32] }
+    }
+}
+
+impl Dh for X25519 {
+    fn name(&self) -> &'static str {
+        "25519"
+    }
+
+    fn pub_len(&self) -> usize {
+        32
+    }
+
+    fn priv_len(&self) -> usize {
+        32
+    }
+
+    fn set(&mut self, privkey: &[u8]) {
+        self.secret.copy_from_slice(privkey);
+        let secret = x25519_dalek::StaticSecret::from(*self.secret);
+        self.public = x25519_dalek::PublicKey::from(&secret).to_bytes();
+    }
+
+    fn generate(&mut self, rng: &mut dyn Random) -> Result<(), snow::Error> {
+        let mut bytes = Zeroizing::new([0; 32]);
+        rng.try_fill_bytes(&mut bytes[..])?;
+        self.set(&bytes[..]);
+        Ok(())
+    }
+
+    fn pubkey(&self) -> &[u8] {
+        &self.public
+    }
+
+    fn privkey(&self) -> &[u8] {
+        &self.secret[..]
+    }
+
+    fn dh(&self, pubkey: &[u8], out: &mut [u8]) -> Result<(), snow::Error> {
+        let theirs: [u8; 32] = pubkey.get(..32).and_then(|p| p.try_into().ok()).ok_or(snow::Error::Dh)?;
+        let secret = x25519_dalek::StaticSecret::from(*self.secret);
+        let shared = secret.diffie_hellman(&x25519_dalek::PublicKey::from(theirs));
+        if !shared.was_contributory() {
+            return Err(snow::Error::Dh);
+        }
+        out.get_mut(..32).ok_or(snow::Error::Dh)?.copy_from_slice(shared.as_bytes());
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Blake2s(Blake2s256);
+
+impl Hash for Blake2s {
+    fn name(&self) -> &'static str {
+        "BLAKE2s"
+    }
+
+    fn block_len(&self) -> usize {
+        64
+    }
+
+    fn hash_len(&self) -> usize {
+        32
+    }
+
+    fn reset(&mut self) {
+        self.0 = Blake2s256::new();
+    }
+
+    fn input(&mut self, data: &[u8]) {
+        self.0.update(data);
+    }
+
+    fn result(&mut self, out: &mut [u8]) {
+        out[..32].copy_from_slice(&std::mem::take(&mut self.0).finalize());
+    }
+}
+
+struct ChaChaPoly {
+    key: Option<LessSafeKey>,
+}
+
+impl ChaChaPoly {
+    fn key(&self) -> &LessSafeKey {
+        self.key.as_ref().expect("snow sets a key before it uses a cipher")
+    }
+}
+
+impl Cipher for ChaChaPoly {
+    fn name(&self) -> &'static str {
+        "ChaChaPoly"
+    }
+
+    fn set(&mut self, key: &[u8; 32]) {
+        self.key = Some(chacha20poly1305(key));
+    }
+
+    fn encrypt(&self, nonce: u64, authtext: &[u8], plaintext: &[u8], out: &mut [u8]) -> usize {
+        let (text, rest) = out.split_at_mut(plaintext.len());
+        text.copy_from_slice(plaintext);
+        let tag = self
+            .key()
+            .seal_in_place_separate_tag(counter_nonce(nonce), Aad::from(authtext), text)
+            .expect("handshake fields are far below the cipher's length limit");
+        rest[..TAG_LEN].copy_from_slice(tag.as_ref());
+        plaintext.len() + TAG_LEN
+    }
+
+    fn decrypt(
+        &self,
+        nonce: u64,
+        authtext: &[u8],
+        ciphertext: &[u8],
+        out: &mut [u8],
+    ) -> Result<usize, snow::Error> {
+        let length = ciphertext.len().checked_sub(TAG_LEN).ok_or(snow::Error::Decrypt)?;
+        let (text, tag) = ciphertext.split_at(length);
+        let out = out.get_mut(..length).ok_or(snow::Error::Decrypt)?;
+        self.key()
+            .open_separate_gather(counter_nonce(nonce), Aad::from(authtext), text, tag, out)
+            .map_err(|_| snow::Error::Decrypt)?;
+        Ok(length)
+    }
+}
+
+/// The cipher under `key`. Its copy of the key is wiped when it is dropped.
+pub(super) fn chacha20poly1305(key: &[u8; 32]) -> LessSafeKey {
+    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("the key has the cipher's length"))
+}
+
+/// Four zero bytes and the little-endian counter.
+pub(super) fn counter_nonce(counter: u64) -> Nonce {
+    let mut nonce = [0; NONCE_LEN];
+    nonce[4..].copy_from_slice(&counter.to_le_bytes());
+    Nonce::assume_unique_for_key(nonce)
+}

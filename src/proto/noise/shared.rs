@@ -1,0 +1,88 @@
+//! What all peers of a transport share: our keys, limits, randomness, indices, and what goes out.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha20Rng;
+use zeroize::Zeroizing;
+
+use super::constants::CLOCK_SKEW;
+use super::handshake::{Ephemeral, Local, Tai64n};
+use super::index::IndexTable;
+use super::session::Session;
+use super::timers::Schedule;
+use super::{Event, Options};
+use crate::proto::Now;
+use crate::proto::drop::DropReason;
+
+/// One of our addresses and the static key that speaks for it.
+pub(super) struct OwnKey {
+    pub(super) address: IpAddr,
+    pub(super) keys: Local,
+}
+
+/// State that is not a peer's own.
+pub(super) struct Shared {
+    pub(super) options: Options,
+    pub(super) locals: Vec<OwnKey>,
+    pub(super) rng: ChaCha20Rng,
+    pub(super) indices: IndexTable,
+    pub(super) schedule: Schedule,
+    pub(super) transmits: VecDeque<(SocketAddr, Vec<u8>)>,
+    pub(super) events: VecDeque<Event>,
+    last_stamp: Option<Duration>,
+}
+
+impl Shared {
+    pub(super) fn new(locals: Vec<OwnKey>, options: Options, mut rng: ChaCha20Rng) -> Self {
+        let indices = IndexTable::new(&mut rng);
+        Self {
+            options,
+            locals,
+            rng,
+            indices,
+            schedule: Schedule::default(),
+            transmits: VecDeque::new(),
+            events: VecDeque::new(),
+            last_stamp: None,
+        }
+    }
+
+    /// Bytes for an ephemeral secret. The generator's key is replaced at once, so that later knowledge of its state
+    /// does not give past ephemeral secrets away.
+    pub(super) fn ephemeral(&mut self) -> Ephemeral {
+        let mut bytes = Zeroizing::new([0; 32]);
+        self.rng.fill_bytes(&mut bytes[..]);
+        self.rng = ChaCha20Rng::from_rng(&mut self.rng);
+        bytes
+    }
+
+    /// The time stamp for an initiation: later than every one before, also when the wall clock went back.
+    pub(super) fn stamp(&mut self, now: Now) -> Tai64n {
+        let stamp = match self.last_stamp {
+            Some(last) => now.wall.max(last + Duration::from_nanos(1)),
+            None => now.wall,
+        };
+        self.last_stamp = Some(stamp);
+        Tai64n::from_unix(stamp)
+    }
+
+    /// Refuses a time stamp too far in the future.
+    pub(super) fn check_skew(&self, stamp: Tai64n, now: Now) -> Result<(), DropReason> {
+        if stamp > Tai64n::from_unix(now.wall + CLOCK_SKEW) { Err(DropReason::ClockSkew) } else { Ok(()) }
+    }
+
+    /// Up to `most`, at random.
+    pub(super) fn jitter(&mut self, most: Duration) -> Duration {
+        most * (self.rng.next_u32() >> 16) / (1 << 16)
+    }
+
+    /// Forgets a session and wipes its keys.
+    pub(super) fn retire(&mut self, session: Option<Box<Session>>) {
+        if let Some(session) = session {
+            self.indices.remove(session.local);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Two transports over a simulated wire, with a clock that only the tests move.
+
+mod handshake;
+mod hostile;
+mod pair;
+mod rekey;
+mod traffic;
+mod vectors;

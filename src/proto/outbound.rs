@@ -1,0 +1,379 @@
+//! Outbound path: a packet from the pod becomes sealed datagrams for the peer's agent.
+//!
+//! 1. `agent::tun` hands over a burst from `tenc0`: one packet, or a super-packet that is cut here
+//! 2. DNS to a captured resolver goes to `proto::dns`
+//! 3. the flow table (or, for a new flow to a VIP, the balancer) names the peer
+//! 4. answers to flows that came through a VIP get the VIP back as their source
+//! 5. the burst is cut into records and sealed in place by the peer's session, or staged while there is none
+//! 6. `poll_transmit` gives the datagrams to `agent::udp`
+//!
+//! The functions below stand in that order. Sans-IO; no allocation per packet of a known flow.
+//! Source: WireGuard paper §5.4.6 (transport data); RFC 792, RFC 4443 (errors), RFC 5508 (NAT of ICMP errors).
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::drop::DropReason;
+use super::mtu::{self, RECORD_HEADER, RECORD_TAG};
+use super::nat::{Direction, Kind, Tuple};
+use super::{Captured, Engine, Now, balance, is_unicast};
+use crate::wire::icmp::IcmpError;
+use crate::wire::packet::{Packet, TCP_ACK, TCP_SYN, protocol};
+use crate::wire::rewrite::{self, Rewrite};
+use crate::wire::segment;
+use crate::wire::tcp_reset::tcp_reset;
+use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
+
+const DNS_PORT: u16 = 53;
+
+/// Where a captured packet goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Route {
+    /// Sealed, to this peer.
+    Peer(IpAddr, Rewrite),
+    /// Back into the pod: it reaches itself through a VIP.
+    Hairpin(Rewrite),
+    /// Nobody knows the destination yet.
+    Unknown,
+}
+
+const UNCHANGED: Rewrite = Rewrite { source: None, destination: None };
+
+impl Engine {
+    /// Where the driver reads the next burst of `tenc0` into, vnet header first.
+    pub fn capture_buffer(&mut self) -> &mut [u8] {
+        &mut self.capture
+    }
+
+    /// What the driver read; the counterpart of [`Self::capture_buffer`] for passing it on.
+    #[must_use]
+    pub fn captured(&self, len: usize) -> &[u8] {
+        &self.capture[..len]
+    }
+
+    /// A burst of `len` bytes stands in the capture buffer.
+    pub fn handle_captured(&mut self, len: usize, now: Now) -> Captured {
+        let mut buffer = std::mem::take(&mut self.capture);
+        let outcome = match buffer.get_mut(..len) {
+            Some(burst) => self.capture_burst(burst, None, now),
+            None => Err(DropReason::Malformed),
+        };
+        self.capture = buffer;
+        self.settle(now);
+        outcome.unwrap_or_else(|reason| {
+            self.counters.drop_one(reason);
+            Captured::Done
+        })
+    }
+
+    /// Whether the `len` bytes in the capture buffer, which came from the helper namespace, are what a resolver's TCP
+    /// would say to this pod.
+    #[must_use]
+    pub fn is_helper_packet(&self, len: usize) -> bool {
+        let bytes = self.capture.get(VNET_HEADER_LEN..len);
+        bytes.and_then(|bytes| Some((bytes, Packet::parse(bytes)?))).is_some_and(|(bytes, packet)| {
+            packet.protocol == protocol::TCP
+                && packet.ports(bytes).is_some_and(|(source, _)| source == DNS_PORT)
+                && self.dns.is_resolver(packet.source)
+                && self.own.contains(&packet.destination)
+        })
+    }
+
+    /// `deadline` is set where the burst was held before.
+    fn capture_burst(
+        &mut self,
+        burst: &mut [u8],
+        deadline: Option<Instant>,
+        now: Now,
+    ) -> Result<Captured, DropReason> {
+        let vnet = VnetHeader::parse(burst).ok_or(DropReason::Malformed)?;
+        let bytes = burst.get_mut(VNET_HEADER_LEN..).ok_or(DropReason::Malformed)?;
+        let packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
+        let bytes = &mut bytes[..packet.len];
+        if !is_unicast(packet.destination) {
+            return Err(DropReason::LinkScope);
+        }
+        if !self.own.contains(&packet.source) {
+            return Err(DropReason::NotOwner);
+        }
+        if self.dns.is_resolver(packet.destination) {
+            match (packet.protocol, packet.ports(bytes)) {
+                (protocol::TCP, Some((_, DNS_PORT))) => return Ok(Captured::DnsStream),
+                (protocol::UDP, Some((source, DNS_PORT))) => {
+                    self.capture_query(bytes, &packet, source, now)?;
+                    return Ok(Captured::Done);
+                }
+                _ => {}
+            }
+        }
+        if packet.protocol == protocol::UDP
+            && packet.ports(bytes).is_some_and(|(source, _)| source == self.port)
+        {
+            return Err(DropReason::Loop);
+        }
+        match self.route(bytes, &packet, now) {
+            Ok(Route::Peer(peer, change)) => self.seal_burst(peer, &change, bytes, &packet, vnet, now)?,
+            Ok(Route::Hairpin(change)) => {
+                rewrite::apply(bytes, &packet, &change, vnet.partial_checksum.is_some());
+                self.counters.opened += 1;
+                self.owned.push_back((vnet, bytes.to_vec()));
+            }
+            Ok(Route::Unknown) => {
+                let deadline = deadline.unwrap_or(now.instant + super::inbound::HELD_LIFE);
+                self.held.hold_unrouted(deadline, burst)?;
+            }
+            Err(reason) => {
+                self.refuse(bytes, reason);
+                return Err(reason);
+            }
+        }
+        Ok(Captured::Done)
+    }
+
+    fn capture_query(
+        &mut self,
+        bytes: &[u8],
+        packet: &Packet,
+        source: u16,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        if packet.fragment.is_some() {
+            return Err(DropReason::DnsMalformed);
+        }
+        let client = SocketAddr::new(packet.source, source);
+        let resolver = SocketAddr::new(packet.destination, DNS_PORT);
+        let query = bytes.get(packet.transport + 8..).ok_or(DropReason::DnsMalformed)?;
+        let forward = self.dns.handle_query(client, resolver, query, &mut self.rng, now)?;
+        self.counters.dns_forwarded += 1;
+        self.forwards.push_back(forward);
+        Ok(())
+    }
+
+    /// Names the peer of a packet, and what is rewritten.
+    fn route(&mut self, bytes: &mut [u8], packet: &Packet, now: Now) -> Result<Route, DropReason> {
+        let direct = || Route::Peer(packet.destination, UNCHANGED);
+        if packet.is_later_fragment() {
+            return match self.fragments.get(packet) {
+                Some(route) => Ok(route),
+                None if protocol::has_ports(packet.protocol) => Err(DropReason::FragmentUnmatched),
+                None if self.peers.contains(packet.destination) => Ok(direct()),
+                None => Ok(Route::Unknown),
+            };
+        }
+        if let Some((source, destination)) = packet.ports(bytes) {
+            let tuple = Tuple {
+                protocol: packet.protocol,
+                local: (packet.source, source),
+                remote: (packet.destination, destination),
+            };
+            let flags = packet.tcp_flags(bytes).unwrap_or(0);
+            let route = self.route_flow(&tuple, flags, now)?;
+            if packet.fragment.is_some() {
+                self.fragments.insert(packet, route, now);
+            }
+            return Ok(route);
+        }
+        if packet.is_icmp_error(bytes) {
+            return self.route_error(bytes, packet);
+        }
+        if self.peers.contains(packet.destination) {
+            Ok(direct())
+        } else if self.directory.vip(packet.destination).is_some() {
+            Err(DropReason::ServiceUnknown)
+        } else {
+            Ok(Route::Unknown)
+        }
+    }
+
+    fn route_flow(&mut self, tuple: &Tuple, flags: u8, now: Now) -> Result<Route, DropReason> {
+        let opens = flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
+        if let Some(flow) = self.flows.get(tuple) {
+            let stale = !self.peers.contains(flow.peer) && !self.own.contains(&flow.peer);
+            if !stale {
+                if opens && matches!(flow.kind, Kind::Client | Kind::Direct) {
+                    flow.restart(now);
+                }
+                flow.touch(Direction::Outbound, flags, now);
+                return Ok(route_of(flow.kind, flow.peer, tuple));
+            }
+            if tuple.protocol == protocol::TCP && !opens {
+                return Err(DropReason::PeerGone);
+            }
+            self.flows.forget(tuple);
+        }
+        self.open_flow(tuple, flags, now)
+    }
+
+    fn open_flow(&mut self, tuple: &Tuple, flags: u8, now: Now) -> Result<Route, DropReason> {
+        let (destination, port) = tuple.remote;
+        if self.peers.contains(destination) {
+            let flow = self.flows.insert(*tuple, destination, Kind::Direct, now)?;
+            flow.touch(Direction::Outbound, flags, now);
+            return Ok(Route::Peer(destination, UNCHANGED));
+        }
+        let Some(vip) = self.directory.vip(destination) else { return Ok(Route::Unknown) };
+        let service = vip.ports.iter().find(|p| p.port == port && p.protocol as u8 == tuple.protocol);
+        let service = service.ok_or(DropReason::ServiceUnknown)?;
+        let usable = |e: &super::directory::ServiceEndpoint| {
+            self.peers.contains(e.address) || e.address == tuple.local.0
+        };
+        let endpoint = *balance::choose(&self.balance_seed, vip, service, tuple, usable)
+            .ok_or(DropReason::NoEndpoint)?;
+        let flow = if endpoint.address == tuple.local.0 {
+            self.flows.insert_hairpin(*tuple, (endpoint.address, endpoint.port), now)?
+        } else {
+            self.flows.insert(*tuple, endpoint.address, Kind::Client, now)?
+        };
+        flow.touch(Direction::Outbound, flags, now);
+        Ok(route_of(flow.kind, flow.peer, tuple))
+    }
+
+    /// An ICMP error that the pod's stack sends about a packet that was injected: judged by what it quotes.
+    fn route_error(&mut self, bytes: &mut [u8], packet: &Packet) -> Result<Route, DropReason> {
+        let quoted = packet.embedded(bytes).ok_or(DropReason::Malformed)?;
+        let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
+        let flow = inner.ports(&bytes[quoted]).and_then(|(source, destination)| {
+            let (local, remote) = ((inner.destination, destination), (inner.source, source));
+            self.flows
+                .get(&Tuple { protocol: inner.protocol, local, remote })
+                .map(|flow| (flow.kind, flow.peer))
+        });
+        match flow {
+            Some((Kind::Server { service, client_port }, peer)) => {
+                let change = Rewrite {
+                    source: Some((inner.source, Some(client_port))),
+                    destination: Some((service.0, Some(service.1))),
+                };
+                rewrite::apply_embedded(bytes, packet, &change, false);
+                Ok(Route::Peer(peer, UNCHANGED))
+            }
+            Some((Kind::Client | Kind::Direct, peer)) => Ok(Route::Peer(peer, UNCHANGED)),
+            None if self.peers.contains(packet.destination) => Ok(Route::Peer(packet.destination, UNCHANGED)),
+            Some(_) | None => Err(DropReason::UnknownDestination),
+        }
+    }
+
+    fn seal_burst(
+        &mut self,
+        peer: IpAddr,
+        change: &Rewrite,
+        bytes: &mut [u8],
+        packet: &Packet,
+        vnet: VnetHeader,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let limit = mtu::inner_mtu(self.link_mtu, peer);
+        let largest = match vnet.gso {
+            Gso::None => packet.len,
+            Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => {
+                usize::from(vnet.header_len) + usize::from(size)
+            }
+        };
+        if largest > limit as usize {
+            self.answer_with(IcmpError::TooBig(u16::try_from(limit).unwrap_or(u16::MAX)), bytes);
+            return Err(DropReason::TooBig);
+        }
+        let mut packet = *packet;
+        if change.source.is_some() || change.destination.is_some() {
+            rewrite::apply(bytes, &packet, change, vnet.partial_checksum.is_some());
+            packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
+        }
+        let arena = self.transmits.arena();
+        let start = arena.len();
+        let split = segment::split(bytes, &packet, &vnet, RECORD_HEADER, RECORD_TAG, arena);
+        let split = split.ok_or(DropReason::Malformed)?;
+        self.peers.send(peer, &mut self.transmits, start, split, now, &mut self.counters);
+        Ok(())
+    }
+
+    /// Tells the application at once what would otherwise be a time-out.
+    fn refuse(&mut self, bytes: &[u8], reason: DropReason) {
+        if !matches!(reason, DropReason::NoEndpoint | DropReason::ServiceUnknown | DropReason::PeerGone) {
+            return;
+        }
+        let mut reset = Vec::new();
+        if tcp_reset(bytes, &mut reset) {
+            self.owned.push_back((VnetHeader::PLAIN, reset));
+        } else {
+            self.answer_with(IcmpError::PortUnreachable, bytes);
+        }
+    }
+
+    /// The directory changed: packets that nobody could place get another chance.
+    pub(super) fn retry_unrouted(&mut self, now: Now) {
+        for (deadline, mut burst) in self.held.take_unrouted() {
+            if let Err(reason) = self.capture_burst(&mut burst, Some(deadline), now) {
+                self.counters.drop_one(reason);
+            }
+        }
+    }
+}
+
+/// What a known flow does to a packet of the pod.
+fn route_of(kind: Kind, peer: IpAddr, tuple: &Tuple) -> Route {
+    match kind {
+        Kind::Direct | Kind::Client => Route::Peer(peer, UNCHANGED),
+        Kind::Server { service: (address, port), client_port } => Route::Peer(
+            peer,
+            Rewrite {
+                source: Some((address, Some(port))),
+                destination: Some((tuple.remote.0, Some(client_port))),
+            },
+        ),
+        Kind::HairpinOut { target, alias } => Route::Hairpin(Rewrite {
+            source: Some((tuple.remote.0, Some(alias))),
+            destination: Some((tuple.local.0, Some(target))),
+        }),
+        Kind::HairpinBack { service_port, client_port } => Route::Hairpin(Rewrite {
+            source: Some((tuple.remote.0, Some(service_port))),
+            destination: Some((tuple.local.0, Some(client_port))),
+        }),
+    }
+}
+
+/// Datagrams in fragments that are remembered at one time.
+const FRAGMENTS: usize = 256;
+/// Linux reassembles for 30 s.
+const FRAGMENT_LIFE: Duration = Duration::from_secs(30);
+
+type FragmentKey = (IpAddr, IpAddr, u8, u32);
+
+/// Later fragments have no ports: they follow their first one.
+#[derive(Debug)]
+pub(super) struct FragmentTable {
+    routes: BTreeMap<FragmentKey, (Instant, Route)>,
+}
+
+impl FragmentTable {
+    pub(super) fn new() -> Self {
+        Self { routes: BTreeMap::new() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.routes.is_empty()
+    }
+
+    pub(super) fn insert(&mut self, packet: &Packet, route: Route, now: Now) {
+        if self.routes.len() >= FRAGMENTS {
+            // The oldest makes room: one bad sender cannot stop the others.
+            let oldest = self.routes.iter().min_by_key(|(_, (until, _))| *until).map(|(key, _)| *key);
+            oldest.and_then(|key| self.routes.remove(&key));
+        }
+        if let Some(key) = key(packet) {
+            self.routes.insert(key, (now.instant + FRAGMENT_LIFE, route));
+        }
+    }
+
+    pub(super) fn get(&self, packet: &Packet) -> Option<Route> {
+        self.routes.get(&key(packet)?).map(|(_, route)| *route)
+    }
+
+    pub(super) fn sweep(&mut self, now: Now) {
+        self.routes.retain(|_, (until, _)| *until > now.instant);
+    }
+}
+
+fn key(packet: &Packet) -> Option<FragmentKey> {
+    packet.fragment.as_ref().map(|f| (packet.source, packet.destination, packet.protocol, f.id))
+}

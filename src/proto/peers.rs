@@ -1,0 +1,227 @@
+//! Peers: from a workload's address to its session, and the packets that wait for one.
+//!
+//! A packet for a peer without a session is staged (128 per peer, 3 s each) while the handshake runs. What the time
+//! catches up with is answered with an ICMP error by the engine: an application learns at once that nobody is there.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use foldhash::quality::FixedState;
+
+use super::Now;
+use super::directory::Workload;
+use super::drop::{Counters, DropReason};
+use super::mtu::{RECORD_HEADER, RECORD_TAG};
+use super::noise::{Event, PeerConfig, PeerId, Transport};
+use crate::wire::segment::Split;
+
+/// Packets staged per peer.
+const STAGED: usize = 128;
+/// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB.
+const STAGED_TOTAL: usize = 4096;
+/// How long a packet waits for a session.
+const STAGED_LIFE: Duration = Duration::from_secs(3);
+
+/// Datagrams ready to be sent, in one arena that is reused.
+#[derive(Debug, Default)]
+pub struct Transmits {
+    arena: Vec<u8>,
+    queue: VecDeque<(SocketAddr, Range<usize>, usize)>,
+}
+
+/// One send: datagrams of `segment` bytes each, the last one may be shorter.
+#[derive(Debug)]
+pub struct Transmit<'a> {
+    /// The peer.
+    pub to: SocketAddr,
+    /// All datagrams, one behind the other.
+    pub bytes: &'a [u8],
+    /// Length of each datagram but the last.
+    pub segment: usize,
+}
+
+impl Transmits {
+    /// Where new records are appended. Empty again once everything was polled.
+    pub fn arena(&mut self) -> &mut Vec<u8> {
+        if self.queue.is_empty() {
+            self.arena.clear();
+        }
+        &mut self.arena
+    }
+
+    fn push(&mut self, to: SocketAddr, range: Range<usize>, segment: usize) {
+        self.queue.push_back((to, range, segment));
+    }
+
+    /// The next send.
+    pub fn poll(&mut self) -> Option<Transmit<'_>> {
+        let (to, range, segment) = self.queue.pop_front()?;
+        Some(Transmit { to, bytes: &self.arena[range], segment })
+    }
+}
+
+struct Staged {
+    until: Instant,
+    records: Vec<u8>,
+    split: Split,
+}
+
+struct Peer {
+    address: IpAddr,
+    staged: VecDeque<Staged>,
+    packets: usize,
+}
+
+/// Every peer of the directory.
+pub struct Peers {
+    /// Sessions and handshakes.
+    pub transport: Transport,
+    port: u16,
+    by_address: HashMap<IpAddr, PeerId, FixedState>,
+    by_id: HashMap<PeerId, Peer, FixedState>,
+    /// Peers with staged packets.
+    waiting: BTreeMap<PeerId, Instant>,
+    staged: usize,
+}
+
+impl Peers {
+    /// No peers yet. `port` is the key domain's tunnel port.
+    #[must_use]
+    pub fn new(transport: Transport, port: u16, seed: u64) -> Self {
+        let state = FixedState::with_seed(seed);
+        Self {
+            transport,
+            port,
+            by_address: HashMap::with_hasher(state.clone()),
+            by_id: HashMap::with_hasher(state),
+            waiting: BTreeMap::new(),
+            staged: 0,
+        }
+    }
+
+    /// Adds a workload, or replaces its keys.
+    pub fn set(&mut self, workload: Workload, now: Now) {
+        self.remove(workload.address);
+        let Workload { address, public, psk } = workload;
+        let id = self.transport.add_peer(PeerConfig { address, port: self.port, public, psk }, now);
+        self.by_address.insert(address, id);
+        self.by_id.insert(id, Peer { address, staged: VecDeque::new(), packets: 0 });
+    }
+
+    /// Forgets a workload, its sessions and its staged packets; returns how many packets those were.
+    pub fn remove(&mut self, address: IpAddr) -> usize {
+        let Some(id) = self.by_address.remove(&address) else { return 0 };
+        self.transport.remove_peer(id);
+        self.waiting.remove(&id);
+        let dropped = self.by_id.remove(&id).map_or(0, |peer| peer.packets);
+        self.staged -= dropped;
+        dropped
+    }
+
+    /// Whether the directory has a peer with this address.
+    #[must_use]
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.by_address.contains_key(&address)
+    }
+
+    /// The address that `id` owns.
+    #[must_use]
+    pub fn address(&self, id: PeerId) -> Option<IpAddr> {
+        self.by_id.get(&id).map(|peer| peer.address)
+    }
+
+    /// Seals the records that `split` describes, which lie at `start` in the arena, and queues them; without a session
+    /// they are staged and a handshake begins.
+    pub fn send(
+        &mut self,
+        to: IpAddr,
+        transmits: &mut Transmits,
+        start: usize,
+        split: Split,
+        now: Now,
+        counters: &mut Counters,
+    ) {
+        let Some(&id) = self.by_address.get(&to) else {
+            transmits.arena.truncate(start);
+            counters.drop_many(DropReason::PeerGone, split.count as u64);
+            return;
+        };
+        if let Some(mut sealer) = self.transport.seal(id, now) {
+            let end = start + len(&split);
+            let mut records = transmits.arena[start..end].chunks_mut(split.record_len);
+            match records.try_for_each(|record| sealer.seal(record)) {
+                Ok(()) => {
+                    counters.sealed += split.count as u64;
+                    transmits.push(sealer.endpoint(), start..end, split.record_len);
+                }
+                // Part of the burst may have taken counters: none of it is used again.
+                Err(reason) => {
+                    transmits.arena.truncate(start);
+                    counters.drop_many(reason, split.count as u64);
+                }
+            }
+            return;
+        }
+        self.transport.begin(id, now);
+        let peer = self.by_id.get_mut(&id).expect("every id in by_address is in by_id");
+        if peer.packets + split.count > STAGED || self.staged + split.count > STAGED_TOTAL {
+            counters.drop_many(DropReason::QueueFull, split.count as u64);
+        } else {
+            let until = now.instant + STAGED_LIFE;
+            peer.packets += split.count;
+            self.staged += split.count;
+            peer.staged.push_back(Staged { until, records: transmits.arena[start..].to_vec(), split });
+            self.waiting.entry(id).or_insert(until);
+        }
+        transmits.arena.truncate(start);
+    }
+
+    /// Sends what was staged for peers whose session became ready.
+    pub fn flush(&mut self, transmits: &mut Transmits, now: Now, counters: &mut Counters) {
+        while let Some(event) = self.transport.poll_event() {
+            let Event::Established(id) = event else { continue };
+            let Some(peer) = self.by_id.get_mut(&id) else { continue };
+            let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
+            self.staged -= std::mem::take(&mut peer.packets);
+            self.waiting.remove(&id);
+            for Staged { records, split, .. } in staged {
+                let start = transmits.arena().len();
+                transmits.arena.extend_from_slice(&records);
+                self.send(address, transmits, start, split, now, counters);
+            }
+        }
+    }
+
+    /// Takes out the packets that waited too long, as plain IP packets, and hands each to `expired`.
+    pub fn expire(&mut self, now: Now, mut expired: impl FnMut(&[u8])) {
+        let due: Vec<PeerId> =
+            self.waiting.iter().filter(|(_, at)| **at <= now.instant).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some(peer) = self.by_id.get_mut(&id) else { continue };
+            while let Some(old) = peer.staged.pop_front_if(|staged| staged.until <= now.instant) {
+                peer.packets -= old.split.count;
+                self.staged -= old.split.count;
+                for record in old.records.chunks(old.split.record_len) {
+                    expired(&record[RECORD_HEADER..record.len() - RECORD_TAG]);
+                }
+            }
+            match peer.staged.front() {
+                Some(next) => self.waiting.insert(id, next.until),
+                None => self.waiting.remove(&id),
+            };
+        }
+    }
+
+    /// When `expire` or the transport has work.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.waiting.values().copied().chain(self.transport.poll_timeout()).min()
+    }
+}
+
+/// Length of all records of a split, in bytes.
+fn len(split: &Split) -> usize {
+    split.record_len * (split.count - 1) + split.last_len
+}

@@ -1,0 +1,355 @@
+//! Which addresses are protected, and whether the kernel already knows it: the state behind both gates.
+//!
+//! 1. the directory or a DNS answer wants an address protected
+//! 2. the change joins the next batch; `poll_batch` hands it to the control thread, which sets guard element, then route
+//! 3. `handle_applied` reports the batch; batches finish in order, so one number says what is in place
+//!
+//! Whoever waits for an address asks `is_active`. A batch that failed is asked for again after a second; until then
+//! whoever waits goes on waiting: closed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use super::Now;
+
+/// A batch that failed is tried again after this long.
+const RETRY: Duration = Duration::from_secs(1);
+/// An address that left the directory stays unreachable this long, so that stale flows fail instead of leaking.
+const PROHIBITED: Duration = Duration::from_secs(30);
+/// Least life of an address that only DNS knows.
+const DNS_LIFE: Duration = Duration::from_secs(60);
+/// Addresses known from DNS alone; more are refused (the answer is not released).
+const DNS_ADDRESSES: usize = 4096;
+/// Addresses per batch: keeps one netlink transaction short.
+const BATCH: usize = 512;
+
+/// Number of a batch; batches are applied in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct BatchId(pub u64);
+
+/// One change of the kernel's state for an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteChange {
+    /// Guard element, then the route into `tenc0`.
+    Protect(IpAddr),
+    /// The route becomes `prohibit`; the guard element stays.
+    Prohibit(IpAddr),
+    /// Route, then guard element, are removed.
+    Release(IpAddr),
+}
+
+/// Changes that are applied together, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// To be given back to `handle_applied`.
+    pub id: BatchId,
+    /// The changes.
+    pub changes: Vec<RouteChange>,
+}
+
+/// Too many addresses are known from DNS alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMany;
+
+#[derive(Debug)]
+struct Entry {
+    directory: bool,
+    dns_until: Option<Instant>,
+    prohibited_until: Option<Instant>,
+    batch: BatchId,
+}
+
+/// Every address that is, or is about to be, protected.
+#[derive(Debug, Default)]
+pub struct Routing {
+    entries: BTreeMap<IpAddr, Entry>,
+    from_dns: usize,
+    pending: Vec<RouteChange>,
+    in_flight: BTreeMap<BatchId, Vec<RouteChange>>,
+    retry: Option<(Instant, BTreeSet<IpAddr>)>,
+    /// No life in `entries` ends before this.
+    deadline: Option<Instant>,
+    next: BatchId,
+    applied: BatchId,
+}
+
+impl Routing {
+    /// An empty table; nothing is protected.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { next: BatchId(1), ..Self::default() }
+    }
+
+    /// The directory names `address`: it is protected until the directory removes it.
+    pub fn add_from_directory(&mut self, address: IpAddr) {
+        let entry = self.enter(address);
+        entry.directory = true;
+        if entry.dns_until.take().is_some() {
+            self.from_dns -= 1;
+        }
+    }
+
+    /// A DNS answer names `address` with `ttl`.
+    ///
+    /// # Errors
+    /// [`TooMany`] where the table of DNS-known addresses is full.
+    pub fn add_from_dns(&mut self, address: IpAddr, ttl: Duration, now: Now) -> Result<(), TooMany> {
+        let until = now.instant + ttl.max(DNS_LIFE);
+        let known = self.entries.get(&address);
+        if known.is_none_or(|e| !e.directory && e.dns_until.is_none()) {
+            if self.from_dns >= DNS_ADDRESSES {
+                return Err(TooMany);
+            }
+            self.from_dns += 1;
+        }
+        let entry = self.enter(address);
+        if !entry.directory {
+            entry.dns_until = Some(entry.dns_until.map_or(until, |old| old.max(until)));
+            self.note_deadline(until);
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, address: IpAddr) -> &mut Entry {
+        let next = self.next;
+        let pending = &mut self.pending;
+        let entry = self.entries.entry(address).or_insert_with(|| {
+            pending.push(RouteChange::Protect(address));
+            Entry { directory: false, dns_until: None, prohibited_until: None, batch: next }
+        });
+        if entry.prohibited_until.take().is_some() {
+            pending.push(RouteChange::Protect(address));
+            entry.batch = next;
+        }
+        entry
+    }
+
+    /// The directory no longer names `address`: unreachable for a while, then released.
+    pub fn remove_from_directory(&mut self, address: IpAddr, now: Now) {
+        let Some(entry) = self.entries.get_mut(&address).filter(|e| e.directory) else { return };
+        entry.directory = false;
+        entry.prohibited_until = Some(now.instant + PROHIBITED);
+        entry.batch = self.next;
+        self.pending.push(RouteChange::Prohibit(address));
+        self.note_deadline(now.instant + PROHIBITED);
+    }
+
+    fn note_deadline(&mut self, at: Instant) {
+        self.deadline = Some(self.deadline.map_or(at, |old| old.min(at)));
+    }
+
+    /// Whether the kernel has the address's guard element and route.
+    #[must_use]
+    pub fn is_active(&self, address: IpAddr) -> bool {
+        self.entries.get(&address).is_some_and(|e| e.prohibited_until.is_none() && e.batch <= self.applied)
+    }
+
+    /// Whether the address is protected or about to be.
+    #[must_use]
+    pub fn is_protected(&self, address: IpAddr) -> bool {
+        self.entries.contains_key(&address)
+    }
+
+    /// Whether everything wanted so far is in place.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.pending.is_empty() && self.in_flight.is_empty() && self.retry.is_none()
+    }
+
+    /// The next batch for the control thread.
+    pub fn poll_batch(&mut self) -> Option<Batch> {
+        if self.pending.is_empty() {
+            return None;
+        }
+        let rest = self.pending.split_off(self.pending.len().min(BATCH));
+        let changes = std::mem::replace(&mut self.pending, rest);
+        let id = self.next;
+        self.next = BatchId(id.0 + 1);
+        // What did not fit waits for the following batch.
+        for change in &self.pending {
+            if let Some(entry) = self.entries.get_mut(&change.address()) {
+                entry.batch = self.next;
+            }
+        }
+        self.in_flight.insert(id, changes.clone());
+        Some(Batch { id, changes })
+    }
+
+    /// The control thread finished a batch, or could not.
+    pub fn handle_applied(&mut self, id: BatchId, ok: bool, now: Now) {
+        let Some(changes) = self.in_flight.remove(&id) else { return };
+        if !ok {
+            let (_, addresses) = self.retry.get_or_insert((now.instant + RETRY, BTreeSet::new()));
+            for change in changes {
+                // Not in place: out of reach of `applied` until it is asked for again.
+                if let Some(entry) = self.entries.get_mut(&change.address()) {
+                    entry.batch = BatchId(u64::MAX);
+                }
+                addresses.insert(change.address());
+            }
+        }
+        self.applied = self.applied.max(id);
+    }
+
+    /// Retries, and ends the life of addresses that nobody names any more.
+    pub fn handle_timeout(&mut self, now: Now) {
+        if let Some((_, addresses)) = self.retry.take_if(|(at, _)| *at <= now.instant) {
+            for address in addresses {
+                self.pending.push(match self.entries.get_mut(&address) {
+                    None => RouteChange::Release(address),
+                    Some(entry) => {
+                        entry.batch = self.next;
+                        if entry.prohibited_until.is_some() {
+                            RouteChange::Prohibit(address)
+                        } else {
+                            RouteChange::Protect(address)
+                        }
+                    }
+                });
+            }
+        }
+        if self.deadline.is_some_and(|at| at <= now.instant) {
+            self.end_lives(now);
+        }
+    }
+
+    fn end_lives(&mut self, now: Now) {
+        let (pending, from_dns) = (&mut self.pending, &mut self.from_dns);
+        self.deadline = None;
+        let deadline = &mut self.deadline;
+        self.entries.retain(|address, entry| {
+            if entry.directory {
+                return true;
+            }
+            if let Some(at) = entry.prohibited_until.max(entry.dns_until).filter(|at| *at > now.instant) {
+                *deadline = Some(deadline.map_or(at, |old| old.min(at)));
+                return true;
+            }
+            *from_dns -= usize::from(entry.dns_until.is_some());
+            pending.push(RouteChange::Release(*address));
+            false
+        });
+    }
+
+    /// When `handle_timeout` has work.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.retry.iter().map(|(at, _)| *at).chain(self.deadline).min()
+    }
+}
+
+impl RouteChange {
+    /// The address it is about.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        match *self {
+            Self::Protect(a) | Self::Prohibit(a) | Self::Release(a) => a,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(start: Instant, seconds: u64) -> Now {
+        Now {
+            instant: start + Duration::from_secs(seconds),
+            wall: Duration::from_secs(1_700_000_000 + seconds),
+        }
+    }
+
+    fn address(n: u32) -> IpAddr {
+        IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a60_0000 + n))
+    }
+
+    #[test]
+    fn an_address_is_active_only_after_its_batch_is_applied() {
+        let (mut routing, now) = (Routing::new(), at(crate::proto::test_start(), 0));
+        routing.add_from_directory(address(1));
+        assert!(routing.is_protected(address(1)) && !routing.is_active(address(1)));
+        let batch = routing.poll_batch().unwrap();
+        assert_eq!(batch.changes, [RouteChange::Protect(address(1))]);
+        assert!(!routing.is_active(address(1)) && !routing.is_settled());
+        routing.handle_applied(batch.id, true, now);
+        assert!(routing.is_active(address(1)) && routing.is_settled());
+    }
+
+    #[test]
+    fn a_failed_batch_is_asked_for_again_and_stays_inactive_until_then() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new();
+        routing.add_from_directory(address(1));
+        let first = routing.poll_batch().unwrap();
+        routing.handle_applied(first.id, false, at(start, 0));
+        routing.add_from_directory(address(2));
+        let second = routing.poll_batch().unwrap();
+        routing.handle_applied(second.id, true, at(start, 0));
+        assert!(!routing.is_active(address(1)) && routing.is_active(address(2)));
+        routing.handle_timeout(at(start, 1));
+        let third = routing.poll_batch().unwrap();
+        assert_eq!(third.changes, [RouteChange::Protect(address(1))]);
+        routing.handle_applied(third.id, true, at(start, 1));
+        assert!(routing.is_active(address(1)));
+    }
+
+    #[test]
+    fn large_updates_go_out_in_batches_and_each_address_waits_for_its_own() {
+        let mut routing = Routing::new();
+        for n in 0..1200 {
+            routing.add_from_directory(address(n));
+        }
+        let first = routing.poll_batch().unwrap();
+        routing.handle_applied(first.id, true, at(crate::proto::test_start(), 0));
+        assert!(routing.is_active(address(0)) && !routing.is_active(address(1199)));
+        let mut rest = 0;
+        while let Some(batch) = routing.poll_batch() {
+            rest += batch.changes.len();
+            routing.handle_applied(batch.id, true, at(crate::proto::test_start(), 0));
+        }
+        assert_eq!(first.changes.len() + rest, 1200);
+        assert!((0..1200).all(|n| routing.is_active(address(n))));
+    }
+
+    #[test]
+    fn a_removed_address_is_prohibited_for_30_seconds_then_released() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new();
+        routing.add_from_directory(address(1));
+        routing.poll_batch().unwrap();
+        routing.remove_from_directory(address(1), at(start, 0));
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Prohibit(address(1))]);
+        routing.handle_timeout(at(start, 29));
+        assert!(routing.is_protected(address(1)) && routing.poll_batch().is_none());
+        routing.handle_timeout(at(start, 30));
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
+        assert!(!routing.is_protected(address(1)));
+    }
+
+    #[test]
+    fn an_address_from_dns_lives_its_ttl_but_at_least_60_seconds_and_directory_keeps_it() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new();
+        routing.add_from_dns(address(1), Duration::from_secs(5), at(start, 0)).unwrap();
+        routing.add_from_dns(address(2), Duration::from_secs(5), at(start, 0)).unwrap();
+        routing.add_from_directory(address(2));
+        routing.poll_batch().unwrap();
+        routing.handle_timeout(at(start, 59));
+        assert!(routing.is_protected(address(1)));
+        assert_eq!(routing.poll_timeout(), Some(start + Duration::from_secs(60)));
+        routing.handle_timeout(at(start, 60));
+        assert!(!routing.is_protected(address(1)) && routing.is_protected(address(2)));
+    }
+
+    #[test]
+    fn addresses_known_from_dns_are_bounded() {
+        let mut routing = Routing::new();
+        let now = at(crate::proto::test_start(), 0);
+        for n in 0..u32::try_from(DNS_ADDRESSES).unwrap() {
+            routing.add_from_dns(address(n), Duration::ZERO, now).unwrap();
+        }
+        assert_eq!(routing.add_from_dns(address(99_999), Duration::ZERO, now), Err(TooMany));
+        assert_eq!(routing.add_from_dns(address(7), Duration::ZERO, now), Ok(()));
+    }
+}

@@ -1,0 +1,394 @@
+//! DNS messages: what the agent has to read of a copy. Bytes are never re-encoded.
+//!
+//! Only the framing, the names and the few record types that carry addresses are looked at, so a message is refused
+//! for being malformed, never for carrying something new. Names are decompressed by hickory-proto.
+//! Source: RFC 1035 §4, RFC 2782 (SRV), RFC 9460 (SVCB).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use hickory_proto::rr::Name;
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
+
+/// Length of the fixed header, in bytes.
+pub const HEADER_LEN: usize = 12;
+
+const TYPE_A: u16 = 1;
+const TYPE_CNAME: u16 = 5;
+const TYPE_AAAA: u16 = 28;
+const TYPE_SRV: u16 = 33;
+const TYPE_SVCB: u16 = 64;
+const TYPE_HTTPS: u16 = 65;
+const CLASS_IN: u16 = 1;
+const PARAM_IPV4HINT: u16 = 4;
+const PARAM_IPV6HINT: u16 = 6;
+
+/// The message id.
+#[must_use]
+pub fn id(message: &[u8]) -> Option<u16> {
+    message.get(..2).map(|b| u16::from_be_bytes([b[0], b[1]]))
+}
+
+/// Replaces the id of a message that has one.
+pub fn set_id(message: &mut [u8], id: u16) {
+    if let Some(field) = message.get_mut(..2) {
+        field.copy_from_slice(&id.to_be_bytes());
+    }
+}
+
+/// Whether a message with a whole header is a response.
+#[must_use]
+pub fn is_response(message: &[u8]) -> bool {
+    message.len() >= HEADER_LEN && message[2] & 0x80 != 0
+}
+
+/// Whether `answer` is a response to `query`: same opcode and, byte for byte, the same question. An error response may
+/// leave the question out (RFC 1035 servers do so for messages they cannot read).
+#[must_use]
+pub fn answers(answer: &[u8], query: &[u8]) -> bool {
+    if query.len() < HEADER_LEN || !is_response(answer) || answer[2] & 0x78 != query[2] & 0x78 {
+        return false;
+    }
+    let error = answer[3] & 0x0f != 0;
+    if error && answer[4..6] == [0, 0] {
+        return true;
+    }
+    let Some(question) = question_section(query) else {
+        // A query that we cannot read is forwarded all the same; only the id vouches for its answer.
+        return true;
+    };
+    answer[4..6] == query[4..6] && answer[HEADER_LEN..].starts_with(question)
+}
+
+/// The bytes of the question section.
+fn question_section(message: &[u8]) -> Option<&[u8]> {
+    let mut decoder = BinDecoder::new(message);
+    decoder.read_slice(4).ok()?;
+    let count = read_u16(&mut decoder)?;
+    decoder.read_slice(6).ok()?;
+    for _ in 0..count {
+        Name::read(&mut decoder).ok()?;
+        decoder.read_slice(4).ok()?;
+    }
+    message.get(HEADER_LEN..decoder.index())
+}
+
+/// What an answer teaches.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Lesson {
+    /// Addresses whose owner name is inside the zone, with the smallest time to live seen, in seconds.
+    pub addresses: BTreeMap<IpAddr, u32>,
+}
+
+/// An answer that could not be read completely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unparsed {
+    /// Whether its question is inside the zone, as far as it could be read.
+    pub in_zone: bool,
+}
+
+struct Record<'a> {
+    owner: Name,
+    kind: u16,
+    ttl: u32,
+    data: &'a [u8],
+    data_at: usize,
+}
+
+/// Reads an answer: the addresses that belong to names inside `zone`, reached from the question through CNAME records
+/// or named as the target of one of its SRV or SVCB records. Glue and unrelated records teach nothing.
+///
+/// # Errors
+/// [`Unparsed`] where the message is cut off, has trailing bytes, or a name or address in it is malformed.
+pub fn lesson(message: &[u8], zone: &Name) -> Result<Lesson, Unparsed> {
+    let mut in_zone = false;
+    read_lesson(message, zone, &mut in_zone).ok_or(Unparsed { in_zone })
+}
+
+fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson> {
+    let mut decoder = BinDecoder::new(message);
+    read_u16(&mut decoder)?;
+    let flags = read_u16(&mut decoder)?;
+    let [questions, answers, authorities, additionals] = [(); 4].map(|()| read_u16(&mut decoder));
+    if flags & 0x7800 != 0 {
+        // Not a QUERY: the sections mean something else, and nothing in them is an answer.
+        return Some(Lesson::default());
+    }
+    let mut asked = Vec::new();
+    for _ in 0..questions? {
+        let name = Name::read(&mut decoder).ok()?;
+        *in_zone |= zone.zone_of(&name);
+        decoder.read_slice(4).ok()?;
+        asked.push(name);
+    }
+    let answer = read_records(&mut decoder, answers?)?;
+    read_records(&mut decoder, authorities?)?;
+    let additional = read_records(&mut decoder, additionals?)?;
+    if !decoder.is_empty() {
+        return None;
+    }
+    collect(message, zone, asked, &answer, &additional)
+}
+
+fn read_records<'a>(decoder: &mut BinDecoder<'a>, count: u16) -> Option<Vec<Record<'a>>> {
+    let mut records = Vec::new();
+    for _ in 0..count {
+        let owner = Name::read(decoder).ok()?;
+        let kind = read_u16(decoder)?;
+        let class = read_u16(decoder)?;
+        let ttl = decoder.read_u32().ok()?.unverified();
+        let length = read_u16(decoder)?;
+        let data_at = decoder.index();
+        let data = decoder.read_slice(usize::from(length)).ok()?.unverified();
+        if class == CLASS_IN {
+            records.push(Record { owner: owner.to_lowercase(), kind, ttl, data, data_at });
+        }
+    }
+    Some(records)
+}
+
+fn collect(
+    message: &[u8],
+    zone: &Name,
+    asked: Vec<Name>,
+    answer: &[Record<'_>],
+    additional: &[Record<'_>],
+) -> Option<Lesson> {
+    let mut aliases: BTreeMap<&Name, Vec<Name>> = BTreeMap::new();
+    for record in answer.iter().filter(|r| r.kind == TYPE_CNAME) {
+        aliases.entry(&record.owner).or_default().push(name_at(message, record, 0)?.0);
+    }
+    let mut reached = BTreeSet::new();
+    let mut queue: Vec<Name> = asked.iter().map(Name::to_lowercase).collect();
+    while let Some(name) = queue.pop() {
+        if let Some(targets) = aliases.get(&name) {
+            queue.extend(targets.iter().filter(|t| !reached.contains(*t)).cloned());
+        }
+        reached.insert(name);
+    }
+    let mut lesson = Lesson::default();
+    let mut targets = BTreeSet::new();
+    for record in answer.iter().filter(|r| reached.contains(&r.owner)) {
+        match record.kind {
+            TYPE_A | TYPE_AAAA => learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]),
+            TYPE_SRV => drop(targets.insert(name_at(message, record, 6)?.0)),
+            TYPE_SVCB | TYPE_HTTPS => {
+                let (target, end) = name_at(message, record, 2)?;
+                let target = if target.is_root() { record.owner.clone() } else { target };
+                learn(&mut lesson, zone, &target, record.ttl, &hints(record.data.get(end..)?)?);
+                targets.insert(target);
+            }
+            _ => {}
+        }
+    }
+    for record in
+        additional.iter().filter(|r| matches!(r.kind, TYPE_A | TYPE_AAAA) && targets.contains(&r.owner))
+    {
+        learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]);
+    }
+    Some(lesson)
+}
+
+fn learn(lesson: &mut Lesson, zone: &Name, owner: &Name, ttl: u32, addresses: &[IpAddr]) {
+    if zone.zone_of(owner) {
+        // RFC 2181 §8: a TTL with the top bit set is zero.
+        let ttl = if ttl > i32::MAX.unsigned_abs() { 0 } else { ttl };
+        for address in addresses {
+            lesson.addresses.entry(*address).and_modify(|old| *old = ttl.min(*old)).or_insert(ttl);
+        }
+    }
+}
+
+fn address(record: &Record<'_>) -> Option<IpAddr> {
+    match record.kind {
+        TYPE_A => Some(Ipv4Addr::from(<[u8; 4]>::try_from(record.data).ok()?).into()),
+        _ => Some(Ipv6Addr::from(<[u8; 16]>::try_from(record.data).ok()?).into()),
+    }
+}
+
+/// The name at `offset` inside the record's data, in lower case, and the offset behind it.
+fn name_at(message: &[u8], record: &Record<'_>, offset: usize) -> Option<(Name, usize)> {
+    let end = record.data_at + record.data.len();
+    let at = u16::try_from(record.data_at + offset).ok()?;
+    // Cut behind the record, so that the name cannot run out of it; compression pointers lead backwards only.
+    let whole = BinDecoder::new(message.get(..end)?);
+    let mut decoder = whole.clone(at);
+    let name = Name::read(&mut decoder).ok()?;
+    Some((name.to_lowercase(), decoder.index().checked_sub(record.data_at)?))
+}
+
+/// The address hints among SVCB parameters.
+fn hints(mut parameters: &[u8]) -> Option<Vec<IpAddr>> {
+    let mut found = Vec::new();
+    while !parameters.is_empty() {
+        let (head, rest) = parameters.split_at_checked(4)?;
+        let length = usize::from(u16::from_be_bytes([head[2], head[3]]));
+        let (value, rest) = rest.split_at_checked(length)?;
+        parameters = rest;
+        match u16::from_be_bytes([head[0], head[1]]) {
+            PARAM_IPV4HINT => {
+                let (chunks, cut) = value.as_chunks::<4>();
+                found.extend(chunks.iter().map(|c| IpAddr::from(*c)));
+                cut.is_empty().then_some(())?;
+            }
+            PARAM_IPV6HINT => {
+                let (chunks, cut) = value.as_chunks::<16>();
+                found.extend(chunks.iter().map(|c| IpAddr::from(*c)));
+                cut.is_empty().then_some(())?;
+            }
+            _ => {}
+        }
+    }
+    Some(found)
+}
+
+fn read_u16(decoder: &mut BinDecoder<'_>) -> Option<u16> {
+    Some(decoder.read_u16().ok()?.unverified())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::str::FromStr;
+
+    use super::*;
+
+    fn zone() -> Name {
+        Name::from_str("shop.svc.cluster.local.").unwrap()
+    }
+
+    fn name(text: &str) -> Vec<u8> {
+        let labels = text.split('.').filter(|l| !l.is_empty());
+        let mut out: Vec<u8> =
+            labels.flat_map(|l| std::iter::once(u8::try_from(l.len()).unwrap()).chain(l.bytes())).collect();
+        out.push(0);
+        out
+    }
+
+    fn record(owner: &str, kind: u16, data: &[u8]) -> Vec<u8> {
+        let mut out = name(owner);
+        out.extend(kind.to_be_bytes());
+        out.extend([0, 1, 0, 0, 0, 30]);
+        out.extend(u16::try_from(data.len()).unwrap().to_be_bytes());
+        out.extend(data);
+        out
+    }
+
+    fn message(question: &str, answers: &[Vec<u8>], additionals: &[Vec<u8>]) -> Vec<u8> {
+        let mut out = vec![0x12, 0x34, 0x84, 0, 0, 1];
+        out.extend(u16::try_from(answers.len()).unwrap().to_be_bytes());
+        out.extend([0, 0]);
+        out.extend(u16::try_from(additionals.len()).unwrap().to_be_bytes());
+        out.extend(name(question));
+        out.extend([0, 1, 0, 1]);
+        out.extend(answers.concat());
+        out.extend(additionals.concat());
+        out
+    }
+
+    fn learned(message: &[u8]) -> Vec<String> {
+        lesson(message, &zone()).unwrap().addresses.keys().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn an_address_is_learned_where_its_owner_is_in_the_zone_whatever_the_case() {
+        let m = message(
+            "wEb.sHop.svc.cluster.local",
+            &[record("WEB.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[],
+        );
+        assert_eq!(learned(&m), ["10.96.0.1"]);
+    }
+
+    #[test]
+    fn a_public_name_that_leads_into_the_zone_is_learned_and_a_name_that_leads_out_is_not() {
+        let target = name("web.shop.svc.cluster.local");
+        let inside = message(
+            "www.example.test",
+            &[
+                record("www.example.test", 5, &target),
+                record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1]),
+            ],
+            &[],
+        );
+        assert_eq!(learned(&inside), ["10.96.0.1"]);
+        let outside = message(
+            "ext.shop.svc.cluster.local",
+            &[
+                record("ext.shop.svc.cluster.local", 5, &name("www.example.test")),
+                record("www.example.test", 1, &[1, 2, 3, 4]),
+            ],
+            &[],
+        );
+        assert!(learned(&outside).is_empty());
+    }
+
+    #[test]
+    fn glue_and_unrelated_records_teach_nothing_but_srv_and_svcb_targets_do() {
+        let glue = message(
+            "a.example",
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 9])],
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 9])],
+        );
+        assert!(learned(&glue).is_empty());
+        let srv = [&[0, 0, 0, 0, 0, 80][..], &name("web.shop.svc.cluster.local")].concat();
+        let m = message(
+            "_http._tcp.web.shop.svc.cluster.local",
+            &[record("_http._tcp.web.shop.svc.cluster.local", 33, &srv)],
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+        );
+        assert_eq!(learned(&m), ["10.96.0.1"]);
+        let svcb = [0, 1, 0, 0, 4, 0, 4, 10, 96, 0, 7];
+        let m =
+            message("web.shop.svc.cluster.local", &[record("web.shop.svc.cluster.local", 65, &svcb)], &[]);
+        assert_eq!(learned(&m), ["10.96.0.7"]);
+    }
+
+    #[test]
+    fn every_cut_of_an_answer_is_unparsed_and_keeps_its_zone() {
+        let m = message(
+            "web.shop.svc.cluster.local",
+            &[record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[],
+        );
+        for end in 0..m.len() {
+            let unparsed = lesson(&m[..end], &zone()).unwrap_err();
+            assert_eq!(unparsed.in_zone, end >= HEADER_LEN + 28, "{end}");
+        }
+        assert!(lesson(&[m, vec![0]].concat(), &zone()).is_err());
+    }
+
+    #[test]
+    fn compression_loops_and_long_alias_chains_end() {
+        let mut looped = message("web.shop.svc.cluster.local", &[], &[]);
+        looped[7] = 1;
+        let at = u8::try_from(looped.len()).unwrap();
+        looped.extend([0xc0, at, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 1, 2, 3, 4]);
+        assert_eq!(lesson(&looped, &zone()), Err(Unparsed { in_zone: true }));
+        let chain: Vec<_> = (0..1500)
+            .rev()
+            .map(|i| record(&format!("c{i}"), 5, &name(&format!("c{}", (i + 1) % 1500))))
+            .collect();
+        assert!(learned(&message("c0", &chain, &[])).is_empty());
+    }
+
+    #[test]
+    fn an_answer_fits_only_its_own_question() {
+        let mut query = message("web.shop.svc.cluster.local", &[], &[]);
+        query[2] = 0x01;
+        let answer = message("web.shop.svc.cluster.local", &[], &[]);
+        assert!(answers(&answer, &query));
+        assert!(!answers(&query, &query), "a query answers nothing");
+        assert!(!answers(&message("wEb.shop.svc.cluster.local", &[], &[]), &query), "case is compared");
+        assert!(!answers(&message("bad.shop.svc.cluster.local", &[], &[]), &query));
+        let refused = [0x12, 0x34, 0x80, 5, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert!(answers(&refused, &query));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
+            let _ = lesson(&bytes, &zone());
+            let _ = answers(&bytes, &bytes);
+        }
+    }
+}
