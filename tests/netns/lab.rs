@@ -416,7 +416,7 @@ impl Lab {
         for path in paths {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let Ok(log) = fs::read_to_string(&path) else { continue };
-            if !PROTECTED.iter().any(|pod| name.contains(pod)) || log.trim().is_empty() {
+            if !name.starts_with("launch-") || name.ends_with(".pid") || log.trim().is_empty() {
                 continue;
             }
             let lines: Vec<_> = log.lines().collect();

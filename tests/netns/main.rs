@@ -8,7 +8,11 @@
 //! Needs root; without it every case is reported as ignored with the reason, and fails where CI=true.
 //! TENC_LONG=1 runs the long forms. TENCRYPT is the binary under test, TENCRYPT_FAULT_BIN the test build.
 
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "the lists are the core's, this is a test")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "the lists are the core's, this is a test"
+)]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
 mod dns;
