@@ -9,6 +9,7 @@
 #
 # Environment: TENC_LONG=1 for the long forms of the namespace tests; CARGO_TARGET_DIR as usual.
 # The exit status is 0 when nothing failed. The last line is `N passed, N failed, N skipped`.
+# shellcheck disable=SC2317  # the steps are called by name
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.." || exit 1
 
