@@ -334,16 +334,19 @@ fn local_ports() -> Result<RangeInclusive<u16>, NetworkError> {
     }
 }
 
+/// Highest port that a range in a routing rule may end with: the kernel refuses 65,535.
+const PORT_MAX: u16 = 65_534;
+
 /// LO to HI: above the applications' ports, else below them, else 256 of theirs.
 fn dns_ports(local: &RangeInclusive<u16>, tunnel_port: u16) -> DnsPorts {
-    let above = local.end().checked_add(1).map(|low| low..=u16::MAX);
+    let above = local.end().checked_add(1).map(|low| low..=PORT_MAX).filter(|range| !range.is_empty());
     let below =
         local.start().checked_sub(1).filter(|high| *high >= UNPRIVILEGED).map(|high| UNPRIVILEGED..=high);
     let free = [above, below].into_iter().flatten().map(|range| without(&range, tunnel_port));
     match free.into_iter().find(|range| range.len() >= DNS_PORTS_MIN) {
         Some(range) => DnsPorts { range: last(&range, DNS_PORTS_MAX), keep_bound: false },
         None => {
-            let top = last(&(0..=u16::MAX), DNS_PORTS_BOUND);
+            let top = last(&(0..=PORT_MAX), DNS_PORTS_BOUND);
             let below = last(&(0..=*top.start() - 1), DNS_PORTS_BOUND);
             DnsPorts { range: if top.contains(&tunnel_port) { below } else { top }, keep_bound: true }
         }
@@ -382,8 +385,8 @@ mod tests {
     #[test]
     fn dns_ports_lie_outside_the_applications_ports() {
         let free = |range| DnsPorts { range, keep_bound: false };
-        assert_eq!(ports(32_768..=60_999, 51_820), free(61_000..=65_535));
-        assert_eq!(ports(1_024..=40_000, 51_820), free(51_821 + 5_523..=65_535));
+        assert_eq!(ports(32_768..=60_999, 51_820), free(61_000..=65_534));
+        assert_eq!(ports(1_024..=40_000, 51_820), free(51_821 + 5_522..=65_534));
         assert_eq!(ports(32_768..=65_535, 51_820), free(24_576..=32_767));
         assert_eq!(ports(32_768..=65_000, 51_820), free(24_576..=32_767));
         assert_eq!(ports(2_048..=65_535, 51_820), free(1_024..=2_047));
@@ -391,10 +394,10 @@ mod tests {
 
     #[test]
     fn dns_ports_never_contain_the_tunnels() {
-        assert_eq!(ports(32_768..=60_999, 61_000).range, 61_001..=65_535);
+        assert_eq!(ports(32_768..=60_999, 61_000).range, 61_001..=65_534);
         assert_eq!(ports(32_768..=60_999, 65_535).range, 61_000..=65_534);
-        assert_eq!(ports(32_768..=60_999, 63_000).range, 63_001..=65_535);
-        assert_eq!(ports(1_024..=65_535, 65_535).range, 65_024..=65_279);
+        assert_eq!(ports(32_768..=60_999, 63_000).range, 63_001..=65_534);
+        assert_eq!(ports(1_024..=65_535, 65_535).range, 65_279..=65_534);
         for local in [1_024..=65_535, 32_768..=60_999, 2_000..=65_535, 1..=65_535, 0..=0] {
             for tunnel_port in (0..=u16::MAX).step_by(97).chain([1_023, 1_024, 65_279, 65_280, 65_535]) {
                 let DnsPorts { range, keep_bound } = ports(local.clone(), tunnel_port);
@@ -408,8 +411,8 @@ mod tests {
     #[test]
     fn too_few_free_ports_are_replaced_by_bound_ones() {
         let bound = |range| DnsPorts { range, keep_bound: true };
-        assert_eq!(ports(1_024..=65_535, 51_820), bound(65_280..=65_535));
-        assert_eq!(ports(2_000..=65_000, 51_820), bound(65_280..=65_535));
+        assert_eq!(ports(1_024..=65_535, 51_820), bound(65_279..=65_534));
+        assert_eq!(ports(2_000..=65_000, 51_820), bound(65_279..=65_534));
     }
 
     #[test]

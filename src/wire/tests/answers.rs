@@ -1,3 +1,5 @@
+//! ICMP errors, resets and datagrams that the agent itself makes.
+
 use std::net::SocketAddr;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Sums, updates and verification, against a naive reference and at the ends of the number range.
+
 use proptest::prelude::*;
 
 use super::*;

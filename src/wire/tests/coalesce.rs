@@ -1,3 +1,5 @@
+//! Trains against the packets that they are cut into again.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Headers of every shape are found, and contradictions refused.
+
 use super::*;
 use crate::wire::packet::Fragment;
 

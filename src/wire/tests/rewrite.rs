@@ -1,3 +1,5 @@
+//! NAT there and back, and what must stay wrong or absent.
+
 use proptest::prelude::*;
 
 use super::*;

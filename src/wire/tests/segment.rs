@@ -1,3 +1,5 @@
+//! Records against the packets of a sender without offloads.
+
 use proptest::prelude::*;
 
 use super::*;
