@@ -143,7 +143,7 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
         up = bring_up(&mut plan, &mut made, log_filter) => Some(up),
     };
     match up {
-        Some(Ok(())) => {}
+        Some(Ok(())) => made.guard = true,
         Some(Err(failure)) => {
             if let Err(left) = take_down(&plan, made).await {
                 warn!(
@@ -184,6 +184,7 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
 /// What exists because of this launcher, in the order it is made.
 struct Made {
     lock: Lock,
+    /// The guard is ours to remove.
     guard: bool,
     agent: Option<Agent>,
 }
@@ -210,8 +211,9 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
         resolvers: plan.resolvers.clone(),
         dns_ports: plan.network.dns_ports.range.clone(),
     };
-    // Set first: a load that fails half way is removed too.
-    made.guard = true;
+    // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open
+    // it. Set before the load: one that fails half way is removed too.
+    made.guard = !guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
     match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
         Loaded::WithoutEgress(reason) => {
