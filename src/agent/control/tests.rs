@@ -7,9 +7,10 @@ use std::os::fd::AsRawFd;
 use proptest::prelude::*;
 use rustix::io::{FdFlags, fcntl_getfd};
 
+use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
-use crate::proto::directory::{Protocol, ServiceEndpoint, ServicePort, Workload};
-use crate::proto::noise::{PresharedKey, PublicKey};
+use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
+use crate::proto::noise::{PresharedKey, PublicKey, StaticSecret};
 
 fn init() -> Init {
     Init {
