@@ -12,12 +12,14 @@ use netlink_packet_route::link::{
 };
 use nix::errno::Errno;
 
+use super::super::udp::MAX_SEND;
 use super::request::Request;
 use super::{Error, Netlink, Object, family, host_len};
 
-/// Largest super-packet and most segments in one, so that one read of `tenc0` is one send with UDP_SEGMENT.
+/// Largest super-packet, so that one read of `tenc0` is one send with UDP_SEGMENT.
 const GSO_MAX_SIZE: u32 = 61_000;
-const GSO_MAX_SEGS: u32 = 64;
+/// What sealing adds to each segment, in bytes.
+const RECORD_OVERHEAD: u32 = 32;
 const TX_QUEUE_LEN: u32 = 500;
 
 /// A device.
@@ -117,7 +119,7 @@ impl Netlink {
                     LinkAttribute::Mtu(mtu),
                     LinkAttribute::TxQueueLen(TX_QUEUE_LEN),
                     LinkAttribute::GsoMaxSize(GSO_MAX_SIZE),
-                    LinkAttribute::GsoMaxSegs(GSO_MAX_SEGS),
+                    LinkAttribute::GsoMaxSegs(max_segments(mtu)),
                 ],
                 LinkFlags::empty(),
                 &[],
@@ -230,4 +232,10 @@ fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
         address: local.or(far)?,
         prefix_len: message.header.prefix_len,
     })
+}
+
+/// Most segments of a super-packet: sealed, they still fit one train.
+fn max_segments(mtu: u32) -> u32 {
+    let train = u32::try_from(MAX_SEND).expect("below 65,536");
+    (train / (mtu + RECORD_OVERHEAD)).clamp(1, 64)
 }
