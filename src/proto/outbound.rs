@@ -98,7 +98,8 @@ impl Engine {
             return Err(DropReason::NotOwner);
         }
         // A resolver of our own project is a peer like any other: its answers come sealed.
-        let ours = self.peers.contains(packet.destination) || self.directory.vip(packet.destination).is_some();
+        let ours =
+            self.peers.contains(packet.destination) || self.directory.vip(packet.destination).is_some();
         if self.dns.is_resolver(packet.destination) && !ours {
             match (packet.protocol, packet.ports(bytes)) {
                 (protocol::TCP, Some((_, DNS_PORT))) => return Ok(Captured::DnsStream),
