@@ -1,6 +1,6 @@
 //! Links, routes and rules of the pod, over one blocking rtnetlink socket.
 //!
-//! Nothing of ours stands in the pod's main table: [`rules`] send DNS into table T53 and everything else through table T,
+//! Nothing of ours stands in the pod's main table: the rules (rules.rs) send DNS into table T53 and everything else through table T,
 //! which holds one route per protected address. Both fail closed: next to each route stands an `unreachable` twin of the
 //! worst metric, which takes over when `tenc0` goes.
 //!
