@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check of the project: format, lints, docs, licences, unit and simulation tests, namespace tests.
 #
-#   tests/run.sh [FILTER...]     FILTER goes to the namespace tests: names that contain it
+#   tests/run.sh [FILTER]     only namespace tests whose name contains it
 #
 # Run it as root, with sudo, or as a user who may sudo: what builds runs as the invoking user, the namespace tests
 # as root. What is missing (Debian or Ubuntu packages, cargo-deny) is installed. Without root the namespace tests are

@@ -386,25 +386,15 @@ impl Lab {
             .collect()
     }
 
-    /// The processes inside a pod that are agents or launchers of it, launchers first.
+    /// The launcher of a pod that `lab.sh protect` started, and its children, launcher first.
     pub fn agent_pids(&self, pod: &str) -> Vec<Pid> {
-        let out = Command::new("ip").args(["netns", "pids", &format!("{}-{pod}", self.name)]).output();
-        let out = out.expect("ip netns pids");
-        let mut found = Vec::new();
-        for pid in String::from_utf8_lossy(&out.stdout).split_whitespace() {
-            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            if !comm.starts_with("tencrypt") {
-                continue;
-            }
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let parent = status.lines().find_map(|l| l.strip_prefix("PPid:")).map_or("", str::trim);
-            let parent_comm = fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
-            if parent_comm.starts_with("tencrypt") {
-                found.insert(0, Pid::from_raw(parent.parse().expect("a pid")));
-            }
-            found.push(Pid::from_raw(pid.parse().expect("a pid")));
-        }
-        found
+        let recorded = fs::read_to_string(self.run_dir().join("pids").join(format!("launch-{pod}")));
+        let Some(launcher) =
+            recorded.ok().and_then(|text| text.split_whitespace().next()?.parse::<i32>().ok())
+        else {
+            return Vec::new();
+        };
+        [launcher].into_iter().chain(children(launcher)).map(Pid::from_raw).collect()
     }
 
     /// The end of every log of the agents, for a failed test's report.
@@ -441,6 +431,18 @@ impl Drop for Lab {
     fn drop(&mut self) {
         self.down();
     }
+}
+
+/// The processes whose parent is `parent`.
+fn children(parent: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_child = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        after_name.split_whitespace().nth(1) == Some(&parent.to_string())
+    };
+    pids.filter(is_child).collect()
 }
 
 fn lab_script() -> PathBuf {

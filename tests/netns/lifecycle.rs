@@ -137,12 +137,22 @@ fn keep_trying(lab: &Lab, stop: &AtomicBool, tries: &AtomicU64) {
     }
 }
 
+/// Stops the client also when the test panics: a scope waits for its threads.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Kills what `victims` picks of every client and server while the client keeps trying.
 fn killed(lab: &Lab, victims: impl Fn(&str) -> Vec<nix::unistd::Pid>) {
     lab.curl("shop-client", "http://web/");
     lab.curl("shop-client", "-6 http://web/");
     let (stop, tries) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
+        let _stop = StopAtEnd(&stop);
         scope.spawn(|| keep_trying(lab, &stop, &tries));
         thread::sleep(Duration::from_millis(500));
         for pod in ["shop-client", "shop-web1"] {
@@ -154,7 +164,6 @@ fn killed(lab: &Lab, victims: impl Fn(&str) -> Vec<nix::unistd::Pid>) {
             thread::sleep(Duration::from_millis(1_500));
         }
         thread::sleep(Duration::from_secs(2));
-        stop.store(true, Ordering::Release);
     });
     assert!(tries.load(Ordering::Relaxed) > 3, "the client hardly tried");
     lab.assert_no_leak();
