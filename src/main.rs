@@ -15,11 +15,14 @@ use std::process::ExitCode;
 use anyhow::{Context, ensure};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tencrypt::agent::ExitKind;
 use tencrypt::cli::{self, Cli, Command, Exit};
 use tencrypt::launcher::{self, Failure};
 use tencrypt::{agent, sys, telemetry};
+
+/// Descriptors an agent may have.
+const DESCRIPTORS: u64 = 8_192;
 
 fn main() -> ExitCode {
     let cli = match cli::parse(std::env::args_os()) {
@@ -85,6 +88,9 @@ fn hide_memory() -> anyhow::Result<()> {
 /// orders the stop), in the pod's network namespace. Gives the channel to the launcher, and the lock that it has to keep.
 fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
     hide_memory()?;
+    // A socket per DNS query in flight, and up to 1,024 that hold ports: more than the customary soft limit.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of descriptors")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(DESCRIPTORS), most).context("cannot raise it")?;
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
     nix::unistd::setsid().context("cannot start a session")?;
     let netns = sys::fd::take_inherited(arguments.netns_fd).context("--netns-fd")?;

@@ -7,7 +7,7 @@
 //!
 //! Source: RFC 1035 §4.2.2 (two-byte length), RFC 7766 §6 (connection handling).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::ops::RangeInclusive;
@@ -35,8 +35,10 @@ const MESSAGE_MAX: usize = 65_535;
 
 /// Sockets towards resolvers, one per query in flight.
 pub(super) struct Queries {
-    sockets: BTreeMap<QueryId, UdpSocket>,
+    sockets: BTreeMap<QueryId, (UdpSocket, u16)>,
     ports: RangeInclusive<u16>,
+    /// Sockets that keep `ports` from the applications, where they would get them otherwise.
+    held: Vec<OwnedFd>,
     rng: ChaCha20Rng,
 }
 
@@ -51,8 +53,8 @@ pub(super) enum Answer {
 }
 
 impl Queries {
-    pub(super) fn new(ports: RangeInclusive<u16>, rng: ChaCha20Rng) -> Self {
-        Self { sockets: BTreeMap::new(), ports, rng }
+    pub(super) fn new(ports: RangeInclusive<u16>, held: Vec<OwnedFd>, rng: ChaCha20Rng) -> Self {
+        Self { sockets: BTreeMap::new(), ports, held, rng }
     }
 
     /// Sends a query from a socket of its own and returns the socket for the driver to watch.
@@ -60,16 +62,26 @@ impl Queries {
     /// # Errors
     /// No port is free, or the kernel has no route.
     pub(super) fn forward(&mut self, forward: Forward) -> anyhow::Result<BorrowedFd<'_>> {
-        let rng = &mut self.rng;
-        let fd = dns_socket(forward.upstream, self.ports.clone(), &mut |n| rng.next_u32() % n)?;
+        let (rng, lo) = (&mut self.rng, u32::from(*self.ports.start()));
+        let used: BTreeSet<u32> = self.sockets.values().map(|(_, port)| u32::from(*port)).collect();
+        anyhow::ensure!(used.len() < self.ports.len() / 2, "too many queries for the ports there are");
+        // Two sockets of one port and resolver would get each other's answers.
+        let mut pick = |n| loop {
+            let offset = rng.next_u32() % n;
+            if !used.contains(&(lo + offset)) {
+                break offset;
+            }
+        };
+        let fd = dns_socket(forward.upstream, self.ports.clone(), !self.held.is_empty(), &mut pick)?;
         let socket = UdpSocket::from(fd);
         socket.send(&forward.bytes)?;
-        let socket: &UdpSocket = self.sockets.entry(forward.query).or_insert(socket);
-        Ok(socket.as_fd())
+        let port = socket.local_addr()?.port();
+        let (socket, _) = self.sockets.entry(forward.query).or_insert((socket, port));
+        Ok((*socket).as_fd())
     }
 
     pub(super) fn read(&mut self, query: QueryId) -> Answer {
-        let Some(socket) = self.sockets.get(&query) else { return Answer::Nothing };
+        let Some((socket, _)) = self.sockets.get(&query) else { return Answer::Nothing };
         let mut message = vec![0; MESSAGE_MAX];
         match socket.recv(&mut message) {
             Ok(len) => {

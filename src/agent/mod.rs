@@ -12,6 +12,7 @@
 //! Tear-down on `Stop` is the reverse; the guard is the launcher's to remove, last. A failed bring-up tears down too.
 //! One thread owns the engine ([`driver`]), a second one the netlink sockets ([`applier`]); one file per kernel object.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
@@ -98,6 +99,12 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
     let guard = Guard::open()?;
     let sockets = own.iter().map(|own| Ok((*own, TunnelSocket::open(SocketAddr::new(*own, init.port))?)));
     let sockets = sockets.collect::<anyhow::Result<Vec<_>>>()?;
+    let mut held = Vec::new();
+    if init.hold_dns_ports {
+        for family in init.resolvers.iter().map(IpAddr::is_ipv6).collect::<BTreeSet<_>>() {
+            held.extend(udp::hold_ports(dns_ports.clone(), family)?);
+        }
+    }
     let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
     let tun = Tun::open()?;
@@ -143,7 +150,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
         helper: descriptors.next().map(|tun| (tun, descriptors.collect())),
         arp,
         stale,
-        queries: Queries::new(dns_ports, rng),
+        queries: Queries::new(dns_ports, held, rng),
     };
     Ok((engine, kernel))
 }

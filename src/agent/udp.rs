@@ -211,17 +211,19 @@ impl AsFd for TunnelSocket {
 
 /// Opens a marked, connected, non-blocking UDP socket to `resolver`, from a random port of `ports`.
 ///
-/// `pick(n)` returns a random number below `n`. What came in between binding and connecting is thrown away: it may be anybody's.
+/// `pick(n)` returns a random number below `n`; where [`hold_ports`] keeps them, `held` is true and `pick` names no port
+/// twice at a time. What came in between binding and connecting is thrown away: it may be anybody's.
 ///
 /// # Errors
 /// [`Error::NoPort`] when the ports tried are all in use.
 pub fn dns_socket(
     resolver: SocketAddr,
     ports: RangeInclusive<u16>,
+    held: bool,
     pick: &mut dyn FnMut(u32) -> u32,
 ) -> Result<OwnedFd, Error> {
     let fail = |operation| move |source| Error::Socket { operation, address: resolver, source };
-    let socket = bound_in_range(resolver, Type::DGRAM, Protocol::UDP, ports, pick)?;
+    let socket = bound_in_range(resolver, (Type::DGRAM, Protocol::UDP), ports, held, pick)?;
     socket.connect(&resolver.into()).map_err(fail("connect"))?;
     let fd = OwnedFd::from(socket);
     while sys::recv(&fd, &mut [0]).is_ok() {}
@@ -240,7 +242,8 @@ pub fn dns_stream(
     pick: &mut dyn FnMut(u32) -> u32,
 ) -> Result<OwnedFd, Error> {
     for _ in 0..PORT_ATTEMPTS {
-        let socket = bound_in_range(resolver, Type::STREAM, Protocol::TCP, ports.clone(), pick)?;
+        // A port of a connection in TIME_WAIT may be used towards another resolver.
+        let socket = bound_in_range(resolver, (Type::STREAM, Protocol::TCP), ports.clone(), true, pick)?;
         match socket.connect(&resolver.into()) {
             Ok(()) => return Ok(socket.into()),
             Err(error) => match errno(&error) {
@@ -256,19 +259,16 @@ pub fn dns_stream(
 
 fn bound_in_range(
     resolver: SocketAddr,
-    kind: Type,
-    protocol: Protocol,
+    (kind, protocol): (Type, Protocol),
     ports: RangeInclusive<u16>,
+    reuse: bool,
     pick: &mut dyn FnMut(u32) -> u32,
 ) -> Result<Socket, Error> {
     let fail = |operation| move |source| Error::Socket { operation, address: resolver, source };
     let socket = Socket::new(Domain::for_address(resolver), kind, Some(protocol)).map_err(fail("make"))?;
     socket.set_mark(MARK).map_err(Error::Mark)?;
     socket.set_nonblocking(true).map_err(fail("unblock"))?;
-    if kind == Type::STREAM {
-        // A port of a connection in TIME_WAIT may be used towards another resolver.
-        socket.set_reuse_address(true).map_err(fail("prepare"))?;
-    }
+    socket.set_reuse_address(reuse).map_err(fail("prepare"))?;
     let any: IpAddr =
         if resolver.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let (lo, hi) = (*ports.start(), *ports.end());
@@ -283,6 +283,34 @@ fn bound_in_range(
         }
     }
     Err(Error::NoPort { resolver, lo, hi })
+}
+
+/// Binds `ports` for UDP and TCP, so that the kernel gives none of them to an application that asks for any port. One that
+/// an application has already is left to it.
+///
+/// # Errors
+/// Too few descriptors.
+pub fn hold_ports(ports: RangeInclusive<u16>, ipv6: bool) -> Result<Vec<OwnedFd>, Error> {
+    let any: IpAddr = if ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let mut held = Vec::new();
+    for port in ports {
+        for (kind, protocol) in [(Type::DGRAM, Protocol::UDP), (Type::STREAM, Protocol::TCP)] {
+            let address = SocketAddr::new(any, port);
+            let fail = |operation| move |source| Error::Socket { operation, address, source };
+            let socket =
+                Socket::new(Domain::for_address(address), kind, Some(protocol)).map_err(fail("make"))?;
+            socket.set_reuse_address(true).map_err(fail("prepare"))?;
+            if ipv6 {
+                socket.set_only_v6(true).map_err(fail("restrict to IPv6"))?;
+            }
+            match socket.bind(&address.into()) {
+                Ok(()) => held.push(socket.into()),
+                Err(error) if errno(&error) == Errno::EADDRINUSE => {}
+                Err(error) => return Err(fail("bind")(error)),
+            }
+        }
+    }
+    Ok(held)
 }
 
 /// Who has the UDP port of `address` in the calling thread's network namespace, as far as /proc tells.

@@ -67,11 +67,6 @@ impl Plan {
             )));
         }
         let resolvers = capturable(&resolv, &addresses);
-        if network.dns_ports.keep_bound {
-            warn!(
-                "ip_local_port_range leaves no ports free: DNS of an application may be refused now and then"
-            );
-        }
         let mut seed = Seed([0; 32]);
         aws_lc_rs::rand::fill(&mut seed.0)
             .map_err(|_| Failure::kernel(anyhow!("the system gives no random numbers")))?;
@@ -84,6 +79,7 @@ impl Plan {
             zone: resolv.zone,
             resolvers: resolvers.clone(),
             dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
+            hold_dns_ports: network.dns_ports.keep_bound,
             inject: arguments.inject.into(),
             seed,
             rekey_after_s: arguments.rekey_after,

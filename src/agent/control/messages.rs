@@ -82,6 +82,8 @@ pub struct Init {
     pub resolvers: Vec<IpAddr>,
     /// First and last source port of upstream DNS sockets.
     pub dns_ports: (u16, u16),
+    /// Those ports are among the applications': the agent keeps them bound.
+    pub hold_dns_ports: bool,
     /// How packets from peers are handed to the pod's stack.
     pub inject: Inject,
     /// Seed of the engine's random numbers.

@@ -21,6 +21,7 @@ fn init() -> Init {
         zone: Some("shop.svc.cluster.local".into()),
         resolvers: vec![[10, 96, 0, 10].into()],
         dns_ports: (20_000, 20_255),
+        hold_dns_ports: false,
         inject: Inject::Auto,
         seed: Seed([9; 32]),
         rekey_after_s: None,
