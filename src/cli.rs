@@ -1,1 +1,350 @@
-//! Command line.
+//! Command line: what a person may write, and what becomes of it when it is wrong.
+//!
+//! 1. [`parse`] turns argv into a [`Cli`], or into a [`Refusal`] with text and exit code
+//! 2. a name that is planned but not built is refused as such, before anything is done
+//! 3. an unknown name is refused with the nearest known one
+//!
+//! Exit codes are [`Exit`]. May touch: nothing; the caller prints.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::agent::control::Inject;
+
+/// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
+pub const DEFAULT_PORT: u16 = 51_820;
+
+/// Sub-commands that are planned.
+const PLANNED_COMMANDS: [&str; 9] =
+    ["node", "status", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
+
+/// Flags of `launch` that are planned.
+const PLANNED_FLAGS: [&str; 5] = ["--mode", "--cipher", "--capture", "--guard-first", "--config"];
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Everything went as ordered.
+    Good,
+    /// A check failed, or what ran ended by itself.
+    Failed,
+    /// Usage or configuration.
+    Usage,
+    /// The kernel or a privilege refused.
+    Kernel,
+}
+
+impl Exit {
+    /// The number the shell sees.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Good => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Kernel => 3,
+        }
+    }
+
+    /// The exit that a module or an agent named by its number.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Self {
+        match code {
+            0 => Self::Good,
+            2 => Self::Usage,
+            3 => Self::Kernel,
+            _ => Self::Failed,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        exit.code().into()
+    }
+}
+
+/// Transparent, authenticated encryption of the traffic between a project's own pods.
+#[derive(Debug, Parser)]
+#[command(name = "tencrypt", version, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 good, 1 a check failed, 2 usage or configuration, 3 the kernel or a \
+                        privilege refused.\nTENCRYPT_LOG sets the log filter, for example `tencrypt=debug`.")]
+pub struct Cli {
+    /// More log lines on stderr; twice for even more.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Protect one pod, in the foreground; SIGTERM or SIGINT stops and cleans up.
+    Launch(Launch),
+    /// Print a new project key.
+    Keygen,
+    /// The process inside a pod's network namespace; started by the launcher only.
+    #[command(hide = true)]
+    Agent(Agent),
+}
+
+/// `tencrypt launch`.
+#[derive(Debug, Args)]
+pub struct Launch {
+    /// The pod's network namespace: a name under /run/netns, a path, or pid:N.
+    #[arg(long, value_name = "NAME|PATH|pid:N", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub netns: String,
+    /// File with the project key (mode 0600), as `tencrypt keygen` prints it.
+    #[arg(long, value_name = "FILE")]
+    pub project_key_file: PathBuf,
+    /// Folder of Pod, Service and EndpointSlice manifests (YAML or JSON); watched.
+    #[arg(long, value_name = "DIR")]
+    pub directory: PathBuf,
+    /// The project; by default the namespace of the one Pod of the directory that has this pod's address.
+    #[arg(long, value_name = "NAME")]
+    pub project: Option<String>,
+    /// UDP port of the tunnel; the same for the whole project.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+    /// The pod's resolv.conf; by default the one that belongs to the namespace.
+    #[arg(long, value_name = "FILE")]
+    pub resolv_conf: Option<PathBuf>,
+    /// How packets from peers are handed to the pod's stack.
+    #[arg(long, value_name = "WAY", value_enum, default_value_t = InjectWay::Auto)]
+    pub inject: InjectWay,
+    /// Rekey sooner than the protocol's 120 s. For tests.
+    #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
+    pub rekey_after: Option<u64>,
+}
+
+/// `--inject`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InjectWay {
+    /// TUN where the kernel allows it.
+    Auto,
+    /// Written to tenc0, as super-packets.
+    Tun,
+    /// Through raw sockets on lo.
+    Raw,
+}
+
+impl From<InjectWay> for Inject {
+    fn from(way: InjectWay) -> Self {
+        match way {
+            InjectWay::Auto => Self::Auto,
+            InjectWay::Tun => Self::Tun,
+            InjectWay::Raw => Self::Raw,
+        }
+    }
+}
+
+/// `tencrypt agent`: inherited descriptors, by number.
+#[derive(Debug, Args)]
+pub struct Agent {
+    /// The network namespace to enter.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
+    pub netns_fd: RawFd,
+    /// The channel to the launcher.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
+    pub channel_fd: RawFd,
+    /// The lock of the namespace, kept as long as the agent lives.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
+    pub lock_fd: RawFd,
+}
+
+/// Why there is nothing to run: a usage error, or help that was asked for.
+#[derive(Debug)]
+pub enum Refusal {
+    /// A name that is known but has no code behind it yet.
+    Planned {
+        /// The sub-command or flag as written.
+        name: String,
+    },
+    /// Everything else that the parser has to say, help and version included.
+    Parser(clap::Error),
+}
+
+impl Refusal {
+    /// How the process should end.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Parser(error) if !error.use_stderr() => Exit::Good,
+            Self::Planned { .. } | Self::Parser(_) => Exit::Usage,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Planned { name } => writeln!(
+                f,
+                "error: `{name}` is not there yet: this version of tencrypt knows the name, not the feature\n\n\
+                 For more information, try '--help'."
+            ),
+            Self::Parser(error) => write!(f, "{}", error.render()),
+        }
+    }
+}
+
+/// Parses argv, the program's name first.
+///
+/// # Errors
+/// [`Refusal`]; also where help or the version was asked for.
+pub fn parse<I, T>(argv: I) -> Result<Cli, Refusal>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    Cli::try_parse_from(argv).map_err(|error| match planned(&error) {
+        Some(name) => Refusal::Planned { name },
+        None => Refusal::Parser(error),
+    })
+}
+
+/// The planned name that `error` calls unknown.
+fn planned(error: &clap::Error) -> Option<String> {
+    let (kind, known): (_, &[&str]) = match error.kind() {
+        ErrorKind::UnknownArgument => (ContextKind::InvalidArg, &PLANNED_FLAGS),
+        ErrorKind::InvalidSubcommand => (ContextKind::InvalidSubcommand, &PLANNED_COMMANDS),
+        _ => return None,
+    };
+    match error.get(kind)? {
+        ContextValue::String(name) if known.contains(&name.as_str()) => Some(name.clone()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAUNCH: &str = "tencrypt launch --netns pod --project-key-file k --directory d";
+
+    fn words(line: &str) -> Vec<&str> {
+        line.split(' ').collect()
+    }
+
+    fn launch(extra: &str) -> Launch {
+        let cli = parse(words(format!("{LAUNCH} {extra}").trim_end())).unwrap();
+        let Command::Launch(launch) = cli.command else { panic!("{cli:?}") };
+        launch
+    }
+
+    fn refused(line: &str) -> (Exit, String) {
+        let refusal = parse(words(line)).unwrap_err();
+        (refusal.exit(), refusal.to_string())
+    }
+
+    #[test]
+    fn launch_takes_every_flag_of_its_grammar() {
+        let got = launch("--project shop --port 4500 --resolv-conf r --inject raw --rekey-after 2");
+        assert_eq!((got.netns.as_str(), got.project.as_deref(), got.port), ("pod", Some("shop"), 4500));
+        assert_eq!(
+            (got.resolv_conf, got.inject, got.rekey_after),
+            (Some("r".into()), InjectWay::Raw, Some(2))
+        );
+    }
+
+    #[test]
+    fn launch_needs_three_flags_and_defaults_the_rest() {
+        let got = launch("");
+        assert_eq!((got.project, got.port, got.inject), (None, 51_820, InjectWay::Auto));
+        for missing in ["--netns pod ", "--project-key-file k ", "--directory d"] {
+            let (exit, text) = refused(LAUNCH.replace(missing, "").trim_end());
+            assert_eq!(exit, Exit::Usage);
+            assert!(text.contains(missing.split(' ').next().unwrap()), "{text}");
+        }
+    }
+
+    #[test]
+    fn planned_flags_are_refused_by_name_in_either_spelling() {
+        for flag in PLANNED_FLAGS {
+            for line in [
+                format!("{LAUNCH} {flag}"),
+                format!("{LAUNCH} {flag}=x"),
+                format!("tencrypt launch {flag} x"),
+            ] {
+                let (exit, text) = refused(&line);
+                assert_eq!(exit, Exit::Usage);
+                assert!(text.contains(&format!("`{flag}` is not there yet")), "{line}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn planned_sub_commands_are_refused_by_name() {
+        for command in PLANNED_COMMANDS {
+            let (exit, text) = refused(&format!("tencrypt {command} -o json"));
+            assert_eq!(exit, Exit::Usage);
+            assert!(text.contains(&format!("`{command}` is not there yet")), "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_names_get_the_nearest_known_one() {
+        for (line, wrong, near) in [
+            (format!("{LAUNCH} --projct x"), "--projct", "--project"),
+            (format!("{LAUNCH} --resolvconf x"), "--resolvconf", "--resolv-conf"),
+            ("tencrypt luanch".to_owned(), "luanch", "launch"),
+            ("tencrypt keygne".to_owned(), "keygne", "keygen"),
+            (format!("{LAUNCH} --inject rwa"), "rwa", "raw"),
+        ] {
+            let (exit, text) = refused(&line);
+            assert_eq!(exit, Exit::Usage);
+            assert!(
+                text.contains(wrong) && text.contains(near) && text.contains("similar"),
+                "{line}: {text}"
+            );
+            assert!(!text.contains("not there yet"), "{text}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_usage_errors() {
+        for wrong in [
+            "--port 0",
+            "--port 65536",
+            "--port x",
+            "--rekey-after 0",
+            "--rekey-after 121",
+            "--netns pod",
+            "--netns=",
+        ] {
+            assert_eq!(refused(&format!("{LAUNCH} {wrong}")).0, Exit::Usage, "{wrong}");
+        }
+        assert_eq!(refused("tencrypt").0, Exit::Usage);
+        assert_eq!(refused("tencrypt agent --netns-fd 2 --channel-fd 3 --lock-fd 4").0, Exit::Usage);
+    }
+
+    #[test]
+    fn help_and_version_are_good_ends_and_hide_what_is_not_for_people() {
+        for line in ["tencrypt --version", "tencrypt --help", "tencrypt launch --help", "tencrypt help"] {
+            assert_eq!(refused(line).0, Exit::Good, "{line}");
+        }
+        let (_, text) = refused("tencrypt --help");
+        assert!(text.contains("launch") && text.contains("keygen") && !text.contains("agent "), "{text}");
+        for command in PLANNED_COMMANDS {
+            assert!(!text.lines().any(|l| l.trim_start().starts_with(command)), "{text}");
+        }
+        let (_, text) = refused("tencrypt launch --help");
+        assert!(!text.contains("rekey"), "{text}");
+    }
+
+    #[test]
+    fn exit_codes_are_the_documented_numbers() {
+        for (exit, code) in [(Exit::Good, 0), (Exit::Failed, 1), (Exit::Usage, 2), (Exit::Kernel, 3)] {
+            assert_eq!(exit.code(), code);
+            assert_eq!(Exit::from_code(code), exit);
+        }
+    }
+}

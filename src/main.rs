@@ -1,2 +1,115 @@
 //! argv to sub-command to exit code.
-fn main() {}
+//!
+//! 1. the command line is parsed; what is wrong with it ends the process here
+//! 2. the process is hardened: no core dumps, not readable through /proc by others, in the agent no new privileges
+//! 3. `agent` enters its network namespace, before any thread exists
+//! 4. the sub-command runs; its failure is one line on stderr and an exit code
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::process::ExitCode;
+
+use anyhow::{Context, ensure};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use tencrypt::agent::ExitKind;
+use tencrypt::cli::{self, Cli, Command, Exit};
+use tencrypt::launcher::{self, Failure};
+use tencrypt::{agent, sys, telemetry};
+
+fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(refusal) => {
+            let exit = refusal.exit();
+            if exit == Exit::Good {
+                print(io::stdout(), refusal)
+            } else {
+                print(io::stderr(), refusal)
+            }
+            return exit.into();
+        }
+    };
+    match run(&cli) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            print(io::stderr(), format_args!("tencrypt: {:#}\n", failure.error));
+            failure.exit.into()
+        }
+    }
+}
+
+/// Writes to a standard stream; one that is closed or full is nobody's loss but its reader's.
+fn print(mut stream: impl Write, text: impl Display) {
+    let _ = write!(stream, "{text}").and_then(|()| stream.flush());
+}
+
+fn run(cli: &Cli) -> Result<Exit, Failure> {
+    let filter = telemetry::filter(cli.verbose);
+    telemetry::start(&filter).map_err(Failure::usage)?;
+    match &cli.command {
+        Command::Keygen => {
+            let key =
+                launcher::keys::keygen().map_err(|e| Failure::new(Exit::from_code(e.exit_code()), e))?;
+            writeln!(io::stdout(), "{}", key.as_str())
+                .context("cannot print the key")
+                .map_err(Failure::kernel)?;
+            Ok(Exit::Good)
+        }
+        Command::Launch(arguments) => {
+            hide_memory().map_err(Failure::kernel)?;
+            launcher::launch(arguments, &filter)
+        }
+        Command::Agent(arguments) => {
+            let (channel, _lock) = enter(arguments).map_err(Failure::kernel)?;
+            match agent::run(channel).map_err(Failure::kernel)? {
+                ExitKind::Stopped => Ok(Exit::Good),
+                ExitKind::Failed(code) => Ok(Exit::from_code(code)),
+            }
+        }
+    }
+}
+
+/// Keys stay out of core dumps, and out of reach of debuggers without privilege.
+fn hide_memory() -> anyhow::Result<()> {
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).context("cannot forbid core dumps")?;
+    prctl::set_dumpable(false).context("cannot make the process undumpable")
+}
+
+/// Turns this process into an agent: hardened, in a session of its own (a terminal's signals are for the launcher, who
+/// orders the stop), in the pod's network namespace. Gives the channel to the launcher, and the lock that it has to keep.
+fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
+    hide_memory()?;
+    prctl::set_no_new_privs().context("cannot give up new privileges")?;
+    nix::unistd::setsid().context("cannot start a session")?;
+    let netns = sys::fd::take_inherited(arguments.netns_fd).context("--netns-fd")?;
+    let channel = sys::fd::take_inherited(arguments.channel_fd).context("--channel-fd")?;
+    let lock = sys::fd::take_inherited(arguments.lock_fd).context("--lock-fd")?;
+    enter_network_namespace(netns)?;
+    Ok((channel, lock))
+}
+
+/// Enters `netns`, and proves it.
+fn enter_network_namespace(netns: OwnedFd) -> anyhow::Result<()> {
+    let threads = std::fs::read_dir("/proc/self/task").context("cannot count the threads")?.count();
+    ensure!(threads == 1, "the process has {threads} threads: setns would move only one");
+    let before = inode(&File::open("/proc/self/ns/net")?)?;
+    let target = File::from(netns);
+    let wanted = inode(&target)?;
+    ensure!(wanted != before, "--netns-fd is the namespace of the launcher");
+    setns(target.as_fd(), CloneFlags::CLONE_NEWNET)
+        .context("cannot enter the network namespace: run as root (needs CAP_SYS_ADMIN)")?;
+    let after = inode(&File::open("/proc/self/ns/net")?)?;
+    ensure!(after == wanted, "the process is in another network namespace than ordered");
+    Ok(())
+}
+
+/// Device and inode: the identity of a namespace.
+fn inode(file: &File) -> anyhow::Result<(u64, u64)> {
+    let metadata = file.metadata().context("cannot identify a namespace")?;
+    Ok((metadata.dev(), metadata.ino()))
+}

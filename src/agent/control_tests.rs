@@ -118,7 +118,7 @@ fn descriptors_of_a_refused_message_are_refused_and_closed() {
     // Only if every copy of the other end is closed does reading end.
     ours.set_nonblocking(true).unwrap();
     let mut byte = [0];
-    assert_eq!(std::io::Read::read(&mut &ours, &mut byte).unwrap(), 0);
+    assert_eq!(io::Read::read(&mut &ours, &mut byte).unwrap(), 0);
     assert!(matches!(agent.send(&FromAgent::Stopped, &[ours.as_fd()]), Err(ChannelError::Descriptors(1))));
 }
 

@@ -26,6 +26,7 @@ use super::tun::Tun;
 use super::udp::TunnelSocket;
 use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
+use crate::proto::routing::{Batch, BatchId, RouteChange};
 use crate::proto::{Captured, Engine, Now};
 use crate::wire::vnet::VNET_HEADER_LEN;
 
@@ -48,6 +49,8 @@ pub(super) struct Kernel {
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
+    /// Addresses that a former agent protected.
+    pub(super) stale: Vec<IpAddr>,
 }
 
 /// Who a ready descriptor belongs to.
@@ -434,6 +437,13 @@ impl Driver {
         kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
         self.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
         self.ready = true;
+        let stale = std::mem::take(&mut self.kernel.stale).into_iter();
+        let changes: Vec<_> =
+            stale.filter(|address| !self.engine.is_protected(*address)).map(RouteChange::Release).collect();
+        if !changes.is_empty() {
+            // Nobody waits for this batch: the engine numbers its own from 1.
+            self.kernel.applier.submit(Batch { id: BatchId(0), changes });
+        }
         info!(generation, "protected");
         Ok(())
     }

@@ -5,8 +5,9 @@
 //! 1. `Init` arrives: addresses, keys, port, resolvers
 //! 2. `tenc0`, the tunnel's UDP sockets (a port in use ends it here), the ARP socket
 //! 3. rules and tables; what a former agent left is replaced
-//! 4. the directory's first generation: each address gets its guard element, then its route
-//! 5. `Ready`: protected
+//! 4. every capability but CAP_NET_ADMIN and CAP_NET_RAW is given up
+//! 5. the directory's first generation: each address gets its guard element, then its route
+//! 6. `Ready`: protected
 //!
 //! Tear-down on `Stop` is the reverse; the guard is the launcher's to remove, last. A failed bring-up tears down too.
 //! One thread owns the engine ([`driver`]), a second one the netlink sockets ([`applier`]); one file per kernel object.
@@ -27,6 +28,7 @@ mod driver;
 pub mod guard;
 pub mod neighbour;
 pub mod netlink;
+mod privileges;
 pub mod raw_socket;
 pub mod tun;
 pub mod udp;
@@ -96,6 +98,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
     let guard = Guard::open()?;
     let sockets = own.iter().map(|own| Ok((*own, TunnelSocket::open(SocketAddr::new(*own, init.port))?)));
     let sockets = sockets.collect::<anyhow::Result<Vec<_>>>()?;
+    let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
     let tun = Tun::open()?;
     netlink.set_up_tun(tun::NAME, tun_mtu(init, &own))?;
@@ -110,6 +113,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
         Inject::Auto | Inject::Tun => None,
         Inject::Raw => Some(RawInjector::open().context("open raw sockets for injection")?),
     };
+    privileges::drop_all_but_network().context("give up privileges")?;
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
     let mut engine_seed = [0; 32];
     rng.fill_bytes(&mut engine_seed);
@@ -138,6 +142,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
         applier: Applier::start(guard, netlink, facts)?,
         helper: descriptors.next().map(|tun| (tun, descriptors.collect())),
         arp,
+        stale,
         queries: Queries::new(dns_ports, rng),
     };
     Ok((engine, kernel))

@@ -1,6 +1,489 @@
-//! launcher.
+//! The launcher: plain async on the host; no packet passes here, and no project key leaves it.
+//!
+//! `tencrypt launch`, in order:
+//!
+//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key ([`Plan`])
+//! 2. the namespace's lock, the guard's skeleton, the DNS helper ([`bring_up`])
+//! 3. the agent: `Init`, the directory, then its `Ready`
+//! 4. `protected …` on standard output
+//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's ([`supervise`])
+//! 6. on a signal: the agent removes what it made, and the guard goes last ([`take_down`])
+//!
+//! A bring-up that fails, or is interrupted, is undone in reverse. An agent that ends by itself leaves the pod closed:
+//! guard, routes and `tenc0` stay. May touch: what its modules may.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use rustix::thread::{CapabilitySet, capabilities};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tracing::{debug, info, warn};
+
+use crate::agent::control::{self, FromAgent, Init, OwnAddress, Seed, ToAgent};
+use crate::agent::netlink::Netlink;
+use crate::agent::tun;
+use crate::cli::{self, Exit};
+use crate::proto::directory::Change;
+use crate::proto::mtu::inner_mtu;
 
 pub mod directory;
 pub mod dns_helper;
 pub mod guard;
 pub mod keys;
+pub mod lock;
+pub mod pod;
+pub mod supervisor;
+
+use directory::file::{FileSource, Manifests, SourceError};
+use dns_helper::DnsHelper;
+use guard::{Loaded, Skeleton};
+use keys::{KeyError, ProjectKey, Suite};
+use lock::{Lock, LockError};
+use pod::network::{NetworkError, PodNetwork};
+use pod::resolv::{ResolvConf, ResolvError};
+use pod::{PodError, PodNetns, Target};
+use supervisor::{Agent, Event, Stop};
+
+/// From the agent's start to its `Ready`; thousands of routes take less than a second.
+const READY_LIMIT: Duration = Duration::from_secs(10);
+/// How often the namespace's name is looked up: nothing tells when it goes.
+const GONE_CHECK: Duration = Duration::from_millis(200);
+
+/// Why a sub-command ends badly, and with which exit code.
+#[derive(Debug)]
+pub struct Failure {
+    /// The exit code.
+    pub exit: Exit,
+    /// The reason, for a person.
+    pub error: anyhow::Error,
+}
+
+impl Failure {
+    /// A failure with this exit code.
+    pub fn new(exit: Exit, error: impl Into<anyhow::Error>) -> Self {
+        Self { exit, error: error.into() }
+    }
+
+    /// Usage or configuration.
+    pub fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Self::new(Exit::Usage, error)
+    }
+
+    /// The kernel or a privilege refused.
+    pub fn kernel(error: impl Into<anyhow::Error>) -> Self {
+        Self::new(Exit::Kernel, error)
+    }
+
+    /// Something ended that should not have.
+    pub fn failed(error: impl Into<anyhow::Error>) -> Self {
+        Self::new(Exit::Failed, error)
+    }
+
+    /// For errors that know their exit code.
+    fn coded<E: Into<anyhow::Error>>(exit_code: impl FnOnce(&E) -> u8) -> impl FnOnce(E) -> Self {
+        |error| Self::new(Exit::from_code(exit_code(&error)), error)
+    }
+}
+
+/// Protects one pod, in the foreground, until a signal or the end of its namespace.
+///
+/// # Errors
+/// Bring-up failed and was undone, the agent ended by itself, or the clean-up is not complete.
+pub fn launch(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure> {
+    check_privileges()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+        .map_err(Failure::kernel)?;
+    runtime.block_on(protect(arguments, log_filter))
+}
+
+/// Without these nothing would work; said early and once.
+fn check_privileges() -> Result<(), Failure> {
+    let needed = CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
+    let effective =
+        capabilities(None).context("cannot read the capabilities").map_err(Failure::kernel)?.effective;
+    if effective.contains(needed) {
+        return Ok(());
+    }
+    Err(Failure::kernel(anyhow!("needs CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root")))
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt })
+    }
+
+    /// Cancel safe.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure> {
+    // From here on a signal is an orderly stop, also during bring-up.
+    let mut signals = Signals::new().context("cannot handle signals").map_err(Failure::kernel)?;
+    let mut plan = Plan::make(arguments)?;
+    let mut made = Made::new(&plan)?;
+    let up = tokio::select! {
+        biased;
+        () = signals.next() => None,
+        up = bring_up(&mut plan, &mut made, log_filter) => Some(up),
+    };
+    match up {
+        Some(Ok(())) => {}
+        Some(Err(failure)) => {
+            if let Err(left) = take_down(&plan, made).await {
+                warn!(
+                    error = format!("{:#}", left.error),
+                    "the pod stays closed: not everything could be removed"
+                );
+            }
+            return Err(failure);
+        }
+        None => {
+            info!("stopped before the pod was protected");
+            return take_down(&plan, made).await;
+        }
+    }
+    plan.announce();
+    match supervise(&mut plan, &mut made, &mut signals).await {
+        End::Ordered => take_down(&plan, made).await,
+        End::NamespaceGone => {
+            info!(netns = plan.netns.name(), "the namespace is gone");
+            if let Some(agent) = made.agent.take() {
+                agent.kill().await.map_err(Failure::kernel)?;
+            }
+            made.lock.remove();
+            Ok(Exit::Good)
+        }
+        End::Broken(error) => {
+            if let Some(agent) = made.agent.take() {
+                agent.kill().await.map_err(Failure::kernel)?;
+            }
+            let netns = plan.netns.name();
+            Err(Failure::failed(error.context(format!(
+                "{netns} stays closed, what is protected is blocked until tencrypt is launched again"
+            ))))
+        }
+    }
+}
+
+/// Everything that is known before anything is changed.
+struct Plan {
+    netns: PodNetns,
+    /// A second descriptor of the namespace.
+    netns_fd: OwnedFd,
+    project: String,
+    port: u16,
+    network: PodNetwork,
+    addresses: Vec<IpAddr>,
+    resolvers: Vec<IpAddr>,
+    /// What the agent will be told; taken when it is.
+    init: Option<Init>,
+    source: FileSource,
+    /// What is still to be sent to the agent.
+    queue: VecDeque<ToAgent>,
+    generation: u64,
+}
+
+impl Plan {
+    fn make(arguments: &cli::Launch) -> Result<Self, Failure> {
+        let target: Target = arguments.netns.parse().map_err(Failure::coded(PodError::exit_code))?;
+        let netns = PodNetns::open(target).map_err(Failure::coded(PodError::exit_code))?;
+        let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
+        let network =
+            PodNetwork::inspect(&netns, arguments.port).map_err(Failure::coded(NetworkError::exit_code))?;
+        let manifests =
+            Manifests::open(&arguments.directory).map_err(Failure::coded(SourceError::exit_code))?;
+        let project = project(arguments, &manifests, &network.addresses)?;
+        let resolv = ResolvConf::read(&netns, arguments.resolv_conf.as_deref(), &project)
+            .map_err(Failure::coded(ResolvError::exit_code))?;
+        // The cipher is WireGuard's own until there is a flag for it.
+        let key = ProjectKey::read(&arguments.project_key_file, &project, Suite::default())
+            .map_err(Failure::coded(KeyError::exit_code))?;
+        let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
+        if addresses.is_empty() {
+            return Err(Failure::usage(anyhow!(
+                "none of the addresses of the pod's device {} is one of its Pod in the directory",
+                network.interface
+            )));
+        }
+        let resolvers = capturable(&resolv, &addresses);
+        if network.dns_ports.keep_bound {
+            warn!(
+                "ip_local_port_range leaves no ports free: DNS of an application may be refused now and then"
+            );
+        }
+        let mut seed = Seed([0; 32]);
+        aws_lc_rs::rand::fill(&mut seed.0)
+            .map_err(|_| Failure::kernel(anyhow!("the system gives no random numbers")))?;
+        let own = |address| OwnAddress { address, secret: key.static_secret(address) };
+        let init = Init {
+            addresses: addresses.iter().copied().map(own).collect(),
+            port: arguments.port,
+            interface: network.interface.clone(),
+            link_mtu: network.mtu,
+            zone: resolv.zone,
+            resolvers: resolvers.clone(),
+            dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
+            inject: arguments.inject.into(),
+            seed,
+            rekey_after_s: arguments.rekey_after,
+            netdev_guard: true,
+        };
+        let (source, changes) = manifests
+            .follow(key, addresses.clone())
+            .context("cannot watch the directory")
+            .map_err(Failure::kernel)?;
+        let mut plan = Self {
+            netns,
+            netns_fd,
+            project,
+            port: arguments.port,
+            network,
+            addresses,
+            resolvers,
+            init: Some(init),
+            source,
+            queue: VecDeque::new(),
+            generation: 0,
+        };
+        plan.commit(changes);
+        Ok(plan)
+    }
+
+    /// Queues changes as the next generation.
+    fn commit(&mut self, changes: Vec<Change>) {
+        self.generation += 1;
+        debug!(generation = self.generation, changes = changes.len(), "directory");
+        self.queue.extend(control::chunks(changes));
+        self.queue.push_back(ToAgent::Commit { generation: self.generation });
+    }
+
+    /// The MTU of `tenc0`: what the family with the smaller overhead leaves.
+    fn inner_mtu(&self) -> u32 {
+        self.addresses.iter().map(|own| inner_mtu(self.network.mtu, *own)).max().unwrap_or(self.network.mtu)
+    }
+
+    /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
+    fn announce(&self) {
+        let addresses = self.addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
+        let line = format!(
+            "protected {} project={} addresses={addresses} interface={} port={}\n",
+            self.netns.name(),
+            self.project,
+            self.network.interface,
+            self.port
+        );
+        let mut stdout = io::stdout();
+        if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
+            warn!(%error, "cannot print that the pod is protected");
+        }
+    }
+}
+
+/// The operator's project, or that of the one Pod with the pod's address. A directory that says otherwise is believed:
+/// both are root's words, and a key of the wrong project would leave the pod's traffic in clear.
+fn project(arguments: &cli::Launch, manifests: &Manifests, addresses: &[IpAddr]) -> Result<String, Failure> {
+    let objects = manifests.objects();
+    let Some(project) = &arguments.project else {
+        return pod::project_of(objects, addresses).map_err(Failure::coded(PodError::exit_code));
+    };
+    let project = project.to_ascii_lowercase();
+    let holders: Vec<_> = objects.workloads_at(addresses).map(|(id, _)| id).collect();
+    match holders.first() {
+        Some(other) if holders.iter().all(|id| id.namespace != project) => Err(Failure::usage(anyhow!(
+            "project_mismatch: the directory gives the pod's address to {}/{}, not to the project {project}",
+            other.namespace,
+            other.name
+        ))),
+        _ => Ok(project),
+    }
+}
+
+/// The resolvers whose traffic a route can capture: of a family the pod has, and not on loopback.
+fn capturable(resolv: &ResolvConf, own: &[IpAddr]) -> Vec<IpAddr> {
+    if !resolv.loopback.is_empty() {
+        warn!(
+            "a resolver on loopback cannot be captured: its names are protected as far as the directory knows them"
+        );
+    }
+    if !resolv.ignored.is_empty() {
+        warn!(
+            count = resolv.ignored.len(),
+            "resolvers that are left out: not an address, link-local, or too many"
+        );
+    }
+    if resolv.zone.is_none() {
+        warn!("the search list names no zone <project>.svc.<domain>: nothing is learned from DNS");
+    }
+    let reachable = |resolver: &&IpAddr| own.iter().any(|own| own.is_ipv4() == resolver.is_ipv4());
+    resolv.resolvers.iter().filter(reachable).copied().collect()
+}
+
+/// What exists because of this launcher, in the order it is made.
+struct Made {
+    lock: Lock,
+    guard: bool,
+    agent: Option<Agent>,
+}
+
+impl Made {
+    fn new(plan: &Plan) -> Result<Self, Failure> {
+        let lock = Lock::take(Path::new(lock::RUN_DIR), plan.netns.inode()).map_err(|error| match error {
+            LockError::Taken { .. } => Failure::usage(error),
+            LockError::Refused { .. } => Failure::kernel(error),
+        })?;
+        Ok(Self { lock, guard: false, agent: None })
+    }
+}
+
+/// Guard, DNS helper, agent; ends when the agent is ready.
+///
+/// # Cancel safety
+/// What was made is in `made`.
+async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<(), Failure> {
+    let mut init = plan.init.take().expect("bring-up happens once");
+    let skeleton = Skeleton {
+        device: plan.network.interface.as_str().try_into().map_err(Failure::usage)?,
+        tunnel_port: init.port,
+        resolvers: plan.resolvers.clone(),
+        dns_ports: plan.network.dns_ports.range.clone(),
+    };
+    // Set first: a load that fails half way is removed too.
+    made.guard = true;
+    match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
+        Loaded::Full => {}
+        Loaded::WithoutEgress(reason) => {
+            init.netdev_guard = false;
+            warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
+        }
+    }
+    let helper = match &plan.resolvers[..] {
+        [] => None,
+        resolvers => Some(dns_helper::open(resolvers, plan.inner_mtu()).map_err(Failure::kernel)?),
+    };
+    let agent = Agent::spawn(plan.netns.as_fd(), made.lock.as_fd(), log_filter).map_err(Failure::kernel)?;
+    let agent = made.agent.insert(agent);
+    debug!(pid = agent.id(), "agent started");
+    let descriptors =
+        helper.iter().flat_map(|DnsHelper { tun, listeners }| [tun].into_iter().chain(listeners));
+    let descriptors: Vec<_> = descriptors.map(AsFd::as_fd).collect();
+    agent.initialise(init, &descriptors).map_err(Failure::failed)?;
+    wait_until_ready(agent, &mut plan.queue).await
+}
+
+async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
+    let limit = Instant::now() + READY_LIMIT;
+    loop {
+        let event = timeout_at(limit, agent.next(queue)).await;
+        let event =
+            event.map_err(|_| Failure::failed(anyhow!("the agent was not ready within {READY_LIMIT:?}")))?;
+        match event.map_err(Failure::failed)? {
+            Event::Message(FromAgent::Ready { generation }) => {
+                info!(generation, descriptors = agent.held(), "agent ready");
+                return Ok(());
+            }
+            Event::Message(FromAgent::Failed { exit_code, reason }) => {
+                return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
+            }
+            Event::Message(FromAgent::Counters(_)) => {}
+            Event::Message(FromAgent::Stopped) => {
+                return Err(Failure::failed(anyhow!("the agent stopped without an order")));
+            }
+            Event::Ended(status) => {
+                let exit = status
+                    .code()
+                    .and_then(|code| u8::try_from(code).ok())
+                    .map_or(Exit::Failed, Exit::from_code);
+                let exit = if exit == Exit::Good { Exit::Failed } else { exit };
+                return Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")));
+            }
+        }
+    }
+}
+
+/// Why supervision ended.
+enum End {
+    /// By a signal.
+    Ordered,
+    /// The namespace's name, path or process is gone.
+    NamespaceGone,
+    /// The agent ended or cannot be understood.
+    Broken(anyhow::Error),
+}
+
+/// Hands changes of the directory to the agent, until the end.
+async fn supervise(plan: &mut Plan, made: &mut Made, signals: &mut Signals) -> End {
+    let agent = made.agent.as_mut().expect("the agent is ready");
+    let mut gone = interval(GONE_CHECK);
+    gone.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            biased;
+            () = signals.next() => return End::Ordered,
+            _ = gone.tick() => {
+                if plan.netns.is_gone() {
+                    return End::NamespaceGone;
+                }
+            }
+            event = agent.next(&mut plan.queue) => match event {
+                Ok(Event::Message(FromAgent::Counters(counters))) => debug!(?counters, "agent"),
+                Ok(Event::Message(FromAgent::Ready { generation })) => debug!(generation, "agent ready"),
+                Ok(Event::Message(FromAgent::Failed { reason, .. })) => {
+                    return End::Broken(anyhow!("the agent failed: {reason}"));
+                }
+                Ok(Event::Message(FromAgent::Stopped)) => {
+                    return End::Broken(anyhow!("the agent stopped without an order"));
+                }
+                Ok(Event::Ended(status)) => return End::Broken(anyhow!("the agent ended ({status})")),
+                Err(error) => return End::Broken(error.into()),
+            },
+            // While the agent does not keep up, changes gather in the directory and come as one.
+            changes = plan.source.next(), if plan.queue.is_empty() => plan.commit(changes),
+        }
+    }
+}
+
+/// Removes everything in reverse; the guard last, and only if nothing else is left.
+async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
+    if let Some(agent) = made.agent.take()
+        && agent.stop().await.map_err(Failure::kernel)? == Stop::Unclean
+    {
+        sweep(&plan.netns).context("cannot remove what the agent left").map_err(Failure::kernel)?;
+    }
+    if made.guard {
+        guard::remove(&plan.netns_fd).map_err(Failure::kernel)?;
+    }
+    made.lock.remove();
+    info!(netns = plan.netns.name(), "removed");
+    Ok(Exit::Good)
+}
+
+/// Removes what an agent made that cannot do it any more.
+fn sweep(netns: &PodNetns) -> anyhow::Result<()> {
+    netns.run(|| {
+        let mut netlink = Netlink::open()?;
+        netlink.tear_down()?;
+        netlink.delete_link(tun::NAME)?;
+        anyhow::Ok(())
+    })?
+}

@@ -19,6 +19,8 @@ use crate::wire::segment::Split;
 
 /// Packets staged per peer.
 const STAGED: usize = 128;
+/// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB.
+const STAGED_TOTAL: usize = 4096;
 /// How long a packet waits for a session.
 const STAGED_LIFE: Duration = Duration::from_secs(3);
 
@@ -81,6 +83,7 @@ pub struct Peers {
     by_id: HashMap<PeerId, Peer, FixedState>,
     /// Peers with staged packets.
     waiting: BTreeMap<PeerId, Instant>,
+    staged: usize,
 }
 
 impl Peers {
@@ -94,6 +97,7 @@ impl Peers {
             by_address: HashMap::with_hasher(state.clone()),
             by_id: HashMap::with_hasher(state),
             waiting: BTreeMap::new(),
+            staged: 0,
         }
     }
 
@@ -111,7 +115,9 @@ impl Peers {
         let Some(id) = self.by_address.remove(&address) else { return 0 };
         self.transport.remove_peer(id);
         self.waiting.remove(&id);
-        self.by_id.remove(&id).map_or(0, |peer| peer.packets)
+        let dropped = self.by_id.remove(&id).map_or(0, |peer| peer.packets);
+        self.staged -= dropped;
+        dropped
     }
 
     /// Whether the directory has a peer with this address.
@@ -160,11 +166,12 @@ impl Peers {
         }
         self.transport.begin(id, now);
         let peer = self.by_id.get_mut(&id).expect("every id in by_address is in by_id");
-        if peer.packets + split.count > STAGED {
+        if peer.packets + split.count > STAGED || self.staged + split.count > STAGED_TOTAL {
             counters.drop_many(DropReason::QueueFull, split.count as u64);
         } else {
             let until = now.instant + STAGED_LIFE;
             peer.packets += split.count;
+            self.staged += split.count;
             peer.staged.push_back(Staged { until, records: transmits.arena[start..].to_vec(), split });
             self.waiting.entry(id).or_insert(until);
         }
@@ -177,7 +184,7 @@ impl Peers {
             let Event::Established(id) = event else { continue };
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
-            peer.packets = 0;
+            self.staged -= std::mem::take(&mut peer.packets);
             self.waiting.remove(&id);
             for Staged { records, split, .. } in staged {
                 let start = transmits.arena().len();
@@ -195,6 +202,7 @@ impl Peers {
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             while let Some(old) = peer.staged.pop_front_if(|staged| staged.until <= now.instant) {
                 peer.packets -= old.split.count;
+                self.staged -= old.split.count;
                 for record in old.records.chunks(old.split.record_len) {
                     expired(&record[RECORD_HEADER..record.len() - RECORD_TAG]);
                 }

@@ -4,6 +4,7 @@
 
 pub mod async_fd;
 pub mod exec;
+pub mod fd;
 pub mod netns;
 pub mod packet;
 pub mod tun;

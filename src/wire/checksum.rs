@@ -12,7 +12,7 @@ use super::{crc32c, read16, write16};
 /// 32-bit words are added into 64-bit lanes without carries to propagate, which the compiler vectorises.
 #[must_use]
 pub fn sum(bytes: &[u8]) -> u16 {
-    const LANES: usize = 8;
+    const LANES: usize = 4;
     let (blocks, rest) = bytes.as_chunks::<{ 4 * LANES }>();
     let mut lanes = [0_u64; LANES];
     for block in blocks {

@@ -22,6 +22,9 @@ pub mod tcp_reset;
 pub mod udp;
 pub mod vnet;
 
+#[cfg(test)]
+mod tests;
+
 /// The big-endian 16-bit word at `at`.
 fn read16(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..)?.first_chunk().map(|b| u16::from_be_bytes(*b))

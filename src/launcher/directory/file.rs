@@ -7,7 +7,7 @@
 //! Everything that changes within one burst is told at once. A burst ends after 5 ms of silence, after 20 ms at the
 //! latest. A source that became empty removes nothing: that is a mistake far more often than a project without pods.
 //!
-//! May touch: the folder, read-only (see [`super::folder`]). Reading and parsing block the calling task.
+//! May touch: the folder, read-only (see `folder.rs`). Reading and parsing block the calling task.
 
 use std::io;
 use std::net::IpAddr;

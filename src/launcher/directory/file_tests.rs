@@ -99,7 +99,10 @@ async fn a_new_file_is_told_within_50_ms() {
     rig.silent().await;
     let mut times = Vec::new();
     for n in 4..24 {
-        rig.write(&format!("{n}.yaml"), &pod("c", &format!("10.0.0.{n}")).replace("name: c", &format!("name: c{n}")));
+        rig.write(
+            &format!("{n}.yaml"),
+            &pod("c", &format!("10.0.0.{n}")).replace("name: c", &format!("name: c{n}")),
+        );
         let written = Instant::now();
         rig.told().await;
         times.push(written.elapsed());
@@ -175,7 +178,8 @@ async fn a_folder_that_vanishes_and_returns_is_followed_again() {
     rig.write("c.yaml", &pod("c", "10.0.0.4"));
     rig.told().await;
     rig.is(&["10.0.0.2", "10.0.0.3", "10.0.0.4"]);
-    let changes = timeout(Duration::from_secs(2), rig.source.next()).await.expect("b.yml is missing for good");
+    let changes =
+        timeout(Duration::from_secs(2), rig.source.next()).await.expect("b.yml is missing for good");
     rig.apply(changes);
     rig.is(&["10.0.0.2", "10.0.0.4"]);
 }

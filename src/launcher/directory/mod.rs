@@ -1,6 +1,6 @@
 //! The directory: which addresses are workloads, VIPs and exemptions of one project.
 //!
-//! 1. a source ([`file`]; later the Kubernetes API) keeps the [`Objects`] it has seen
+//! 1. a source ([`mod@file`]; later the Kubernetes API) keeps the [`Objects`] it has seen
 //! 2. [`Entries::of`] applies the rules to them: a pure function of all objects
 //! 3. [`Entries::changes_to`] is the difference that the agent is told
 //!

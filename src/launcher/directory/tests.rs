@@ -74,7 +74,9 @@ fn entries(yaml: &[&str]) -> Entries {
 }
 
 fn pod(name: &str, more: &str, status: &str) -> String {
-    format!("{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: shop}}, {more} status: {{{status}}}}}")
+    format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: shop}}, {more} status: {{{status}}}}}"
+    )
 }
 
 fn service(name: &str, spec: &str, status: &str) -> String {
@@ -168,8 +170,13 @@ fn our_own_addresses_are_endpoints_but_no_workloads() {
 #[test]
 fn an_address_that_no_workload_confirms_is_never_an_endpoint() {
     let target = "targetRef: {kind: Pod, name: ghost}";
-    let ghost =
-        slice("g", "web", "IPv4", "{name: http, port: 8080}", &format!("{{addresses: [10.9.9.9], {target}}}"));
+    let ghost = slice(
+        "g",
+        "web",
+        "IPv4",
+        "{name: http, port: 8080}",
+        &format!("{{addresses: [10.9.9.9], {target}}}"),
+    );
     assert_eq!(entries(&[SHOP, &ghost]), entries(&[SHOP]));
 }
 
@@ -278,7 +285,13 @@ fn ports_are_joined_by_name_and_protocol() {
             "{addresses: [10.0.0.2], conditions: {ready: false}}",
         ),
         slice("t2", "two", "IPv4", "{name: a, port: 9000}", "{addresses: [10.0.0.2]}"),
-        slice("t3", "two", "IPv4", "{name: a, port: 9500, protocol: UDP}, {port: 7}", "{addresses: [10.0.0.2]}"),
+        slice(
+            "t3",
+            "two",
+            "IPv4",
+            "{name: a, port: 9500, protocol: UDP}, {port: 7}",
+            "{addresses: [10.0.0.2]}",
+        ),
         slice("t4", "two", "FQDN", "{name: a, port: 7}", "{addresses: [example.com]}"),
         slice("t5", "two", "IPv4", "{name: a}", "{addresses: [10.0.0.3]}"),
     ];
@@ -309,7 +322,8 @@ fn node_addresses_are_exempt_and_never_workloads() {
 
 #[test]
 fn addresses_that_belong_to_nobody_are_left_out() {
-    for address in ["127.0.0.5", "169.254.1.1", "224.0.0.5", "0.0.0.0", "255.255.255.255", "::1", "fe80::5", "ff02::1"]
+    for address in
+        ["127.0.0.5", "169.254.1.1", "224.0.0.5", "0.0.0.0", "255.255.255.255", "::1", "fe80::5", "ff02::1"]
     {
         let pod = pod("odd", "", &format!("phase: Running, podIP: '{address}', hostIP: '{address}'"));
         let vip = service("odd", &format!("clusterIP: '{address}', ports: [{{port: 80}}]"), "");

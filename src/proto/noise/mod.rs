@@ -10,10 +10,12 @@
 //! | `session`, `replay` | sealing and opening; previous, current and next session |
 //! | `peer`, `timers` | when a session is made, renewed, erased |
 //! | `kept` | initiations of keys that the directory does not know yet |
-//! | `index` | names of peers and sessions |
+//! | `index`, `shared` | names of peers and sessions; what all peers share |
 //!
-//! Keys are erased when a session reaches its hard limit or is replaced, which is earlier than WireGuard's three times
-//! 180 s. Time stamps rise over all peers together. Cookies are not handled: a cookie reply is dropped.
+//! Decisions beside the paper: early retries are closer together (`constants`). When two initiations cross, both sides
+//! keep the one of the greater static key. Keys are erased when a session reaches its hard limit or is replaced, which
+//! is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far future are
+//! refused. A peer is heard from its own address only, unless roaming is on. Cookie replies are dropped.
 //! Source: WireGuard paper, sections 5 and 6.
 
 mod constants;
@@ -240,7 +242,8 @@ impl Transport {
     /// Takes one datagram from the network and opens it in place.
     ///
     /// # Errors
-    /// Why it was dropped. Nothing is sent then, and nothing changed.
+    /// Why it was dropped. Nothing is sent then, and nothing changed, but that the initiation of a static key that no peer
+    /// has ([`DropReason::PeerUnknown`]) is kept for [`Self::add_peer`].
     pub fn handle(
         &mut self,
         from: SocketAddr,

@@ -52,7 +52,6 @@ impl ReplayWindow {
 }
 
 fn place(counter: u64) -> (usize, u64) {
-    #[expect(clippy::cast_possible_truncation, reason = "less than RING")]
     let slot = (counter / 64 % BLOCKS) as usize;
     (slot, 1 << (counter % 64))
 }

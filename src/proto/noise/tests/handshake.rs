@@ -20,6 +20,25 @@ fn data_flows_both_ways_after_one_round_trip() {
 }
 
 #[test]
+fn same_seed_gives_the_same_messages() {
+    let now = epoch();
+    let messages = |seed| {
+        let identity = Identity { address: address(A).ip(), secret: side_secret(A) };
+        let rng = ChaCha20Rng::seed_from_u64(seed);
+        let mut transport = Transport::new(vec![identity], Options::default(), rng);
+        let peer = transport.add_peer(config(B), now);
+        transport.begin(peer, now);
+        transport.handle_timeout(Now { instant: now.instant + ms(250), wall: now.wall + ms(250) });
+        std::iter::from_fn(|| transport.poll_transmit()).collect::<Vec<_>>()
+    };
+    let first = messages(1);
+    assert_eq!(first.len(), 2);
+    assert_ne!(first[0].1[4..40], first[1].1[4..40], "a retry has its own index and ephemeral key");
+    assert_eq!(first, messages(1), "no randomness but the generator's");
+    assert_ne!(first, messages(2));
+}
+
+#[test]
 fn responder_sends_nothing_before_the_initiators_first_message() {
     let mut pair = Pair::new(&Options::default());
     pair.begin(A);

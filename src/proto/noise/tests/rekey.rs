@@ -71,7 +71,7 @@ fn rekey_loses_no_packet() {
         let rekeys = pair.sides[A].sent_at(1).len() - 1;
         assert!(rekeys >= 15, "{rekeys} rekeys");
         for side in senders {
-            assert_eq!(lost_or_doubled(&pair.sides[1 - side], n), []);
+            assert_eq!(lost_or_doubled(&pair.sides[1 - side], n), [0_u32; 0]);
         }
         assert_eq!(pair.sides[B].sent_at(1).len(), 0, "the responder never had to ask");
     }
@@ -109,7 +109,7 @@ fn initiators_of_both_sides_that_renew_at_once_converge() {
         let indices = pair.sides[side].transport.shared.indices.len();
         assert!(indices <= 3, "{indices}");
         let side = &pair.sides[side];
-        assert_eq!(lost_or_doubled(side, n), [], "{:?}", side.drops);
+        assert_eq!(lost_or_doubled(side, n), [0_u32; 0], "{:?}", side.drops);
     }
     let handshakes = pair.sides[A].sent_at(1).len() + pair.sides[B].sent_at(1).len();
     assert!((60..200).contains(&handshakes), "{handshakes}");
@@ -198,6 +198,50 @@ fn last_counters_of_the_specification_are_neither_sealed_nor_opened() {
     beyond[8..16].copy_from_slice(&LIMIT.to_le_bytes());
     assert_eq!(pair.deliver(B, &beyond), Err(DropReason::SessionExpired));
     assert!(!pair.sides[A].sent_at(1).is_empty());
+}
+
+#[test]
+fn message_of_the_replaced_session_is_opened_until_its_hard_limit() {
+    let mut pair = Pair::established(&Options::default());
+    let early = [A, B].map(|side| pair.seal(side, b"sealed before").unwrap());
+    let late = [A, B].map(|side| pair.seal(side, b"sealed before").unwrap());
+    stream(&mut pair, &[A, B], secs(130), secs(1));
+    assert_eq!(pair.sides[A].sent_at(1).len(), 2);
+    for side in [A, B] {
+        pair.deliver(1 - side, &early[side]).unwrap();
+    }
+    pair.advance_to(pair.start.instant + secs(180) + ms(20));
+    for side in [A, B] {
+        assert_eq!(pair.deliver(1 - side, &late[side]), Err(DropReason::SessionExpired));
+    }
+}
+
+#[test]
+fn two_sessions_that_overtook_each_other_lose_nothing_and_end_in_one() {
+    let mut pair = Pair::new(&Options::default());
+    let (winner, loser) = (winner(), 1 - winner());
+    pair.begin(winner);
+    let slow = pair.intercept().bytes;
+    pair.advance_to(pair.now.instant + ms(240));
+    pair.begin(loser);
+    let quick = pair.intercept().bytes;
+    pair.advance_to(pair.now.instant + ms(10));
+    pair.deliver(winner, &quick).unwrap();
+    let to_loser = pair.intercept().bytes;
+    pair.deliver(loser, &slow).unwrap();
+    let to_winner = pair.intercept().bytes;
+    pair.deliver(winner, &to_winner).unwrap();
+    pair.deliver(loser, &to_loser).unwrap();
+    assert!(pair.can_send(A) && pair.can_send(B));
+    let n = stream(&mut pair, &[A, B], secs(400), ms(500));
+    for side in &pair.sides {
+        assert_eq!(lost_or_doubled(side, n), [0_u32; 0], "{:?}", side.drops);
+    }
+    let roles = [A, B].map(|side| {
+        let Side { transport, peer, .. } = &mut pair.sides[side];
+        transport.peers.get_mut(*peer).unwrap().keypairs.current.as_ref().unwrap().role
+    });
+    assert_ne!(roles[A], roles[B], "one session, one initiator");
 }
 
 #[test]

@@ -1,0 +1,475 @@
+//! One pod's network namespace: found, checked, entered, looked at.
+//!
+//! 1. [`Target`] is what the operator wrote: a name under `/run/netns`, a path, or `pid:N`
+//! 2. [`PodNetns::open`] opens it and refuses what is no network namespace, and the host's own
+//! 3. [`network::PodNetwork::inspect`] reads the interface, the addresses and free DNS source ports
+//! 4. [`resolv::ResolvConf::read`] reads resolvers and zone, and refuses another project's
+//! 5. [`project_of`] and [`own_addresses`] ask the directory who the pod is
+//!
+//! May touch: namespace descriptors, `/proc`, `/run/netns`, `/etc/netns`; changes nothing.
+//! Source: namespaces(7), ioctl_ns(2), pidfd_open(2), ip-netns(8).
+
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::thread;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tracing::warn;
+
+use super::directory::Objects;
+use crate::sys::netns::is_network_namespace;
+
+pub mod network;
+pub mod resolv;
+
+/// Where `ip netns` keeps its names.
+const NETNS_DIR: &str = "/run/netns";
+/// Ancestors looked at when PID 1's namespace cannot be read; deeper process trees do not occur.
+const ANCESTORS_MAX: usize = 64;
+
+/// Why a namespace is not, or no longer, usable.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// `--netns` is no name, path or pid.
+    #[error(
+        "`{text}` names no network namespace: use NAME (as in `ip netns list`), a PATH that contains `/`, or pid:N"
+    )]
+    Target {
+        /// The text given.
+        text: String,
+    },
+    /// The namespace could not be opened.
+    #[error("cannot open the network namespace {target}{}", hint(source))]
+    Open {
+        /// The namespace.
+        target: Target,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is something else at the path.
+    #[error("{target} is not a network namespace")]
+    NotNetns {
+        /// The namespace.
+        target: Target,
+    },
+    /// The namespace is the host's or the launcher's own.
+    #[error("{target} is the network namespace of {whose}: refused, name a pod's own network namespace")]
+    HostNetns {
+        /// The namespace.
+        target: Target,
+        /// PID 1, this process, or one of its ancestors.
+        whose: &'static str,
+    },
+    /// The process ended, or moved to another namespace, while its namespace was opened.
+    #[error("{target} went away while it was opened: start again")]
+    Moved {
+        /// The namespace.
+        target: Target,
+    },
+    /// A thread could not enter the namespace.
+    #[error("cannot enter the network namespace {target}: needs CAP_SYS_ADMIN, run as root")]
+    Enter {
+        /// The namespace.
+        target: Target,
+        /// Why.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// No Pod of the directory has the pod's address.
+    #[error(
+        "no Pod of the directory has the address {}: name the project with --project, or add the Pod's manifest",
+        list(addresses)
+    )]
+    NoPod {
+        /// The pod's addresses.
+        addresses: Vec<IpAddr>,
+    },
+    /// Several Pods of the directory have the pod's address.
+    #[error(
+        "several Pods of the directory have the address {}: name the project with --project",
+        list(addresses)
+    )]
+    SeveralPods {
+        /// The pod's addresses.
+        addresses: Vec<IpAddr>,
+    },
+}
+
+impl PodError {
+    /// 2: usage or configuration; 3: the kernel or a privilege refused.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
+            Self::Enter { .. } | Self::Thread(_) => 3,
+            _ => 2,
+        }
+    }
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => ": it does not exist",
+        io::ErrorKind::PermissionDenied => ": needs CAP_SYS_PTRACE or CAP_DAC_READ_SEARCH, run as root",
+        _ => "",
+    }
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" or ")
+}
+
+/// What `--netns` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A name under `/run/netns`.
+    Name(String),
+    /// A path.
+    Path(PathBuf),
+    /// The namespace of a process.
+    Pid(Pid),
+}
+
+impl FromStr for Target {
+    type Err = PodError;
+
+    fn from_str(text: &str) -> Result<Self, PodError> {
+        let refused = || PodError::Target { text: text.to_owned() };
+        if let Some(pid) = text.strip_prefix("pid:") {
+            let pid = pid.parse().ok().filter(|pid| *pid > 0).and_then(Pid::from_raw);
+            return pid.map(Self::Pid).ok_or_else(refused);
+        }
+        if text.contains('\0') {
+            return Err(refused());
+        }
+        if !text.contains('/') {
+            let name = !matches!(text, "" | "." | "..");
+            return name.then(|| Self::Name(text.to_owned())).ok_or_else(refused);
+        }
+        // A path into the folder of names is that name, so that its resolv.conf is found.
+        let path = Path::new(text);
+        let parent =
+            path.parent().filter(|p| [NETNS_DIR, "/var/run/netns"].iter().any(|d| *p == Path::new(d)));
+        match (parent, path.file_name().and_then(|name| name.to_str())) {
+            (Some(_), Some(name)) => Ok(Self::Name(name.to_owned())),
+            _ => Ok(Self::Path(path.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Pid(pid) => write!(f, "pid:{}", pid.as_raw_nonzero()),
+        }
+    }
+}
+
+impl Target {
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Name(name) => Path::new(NETNS_DIR).join(name),
+            Self::Path(path) => path.clone(),
+            Self::Pid(pid) => PathBuf::from(format!("/proc/{}/ns/net", pid.as_raw_nonzero())),
+        }
+    }
+}
+
+/// What tells one namespace from another while either lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+
+    fn at(path: &Path) -> io::Result<Self> {
+        std::fs::metadata(path).map(|metadata| Self::of(&metadata))
+    }
+}
+
+/// An open network namespace that is neither the host's nor our own.
+#[derive(Debug)]
+pub struct PodNetns {
+    target: Target,
+    fd: File,
+    identity: Identity,
+    /// For `pid:N`: readable once the process has ended.
+    pidfd: Option<OwnedFd>,
+}
+
+impl AsFd for PodNetns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl PodNetns {
+    /// Opens and checks a namespace.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be opened, is no network namespace, or is the host's or our own.
+    pub fn open(target: Target) -> Result<Self, PodError> {
+        let failed = |source| PodError::Open { target: target.clone(), source };
+        let pidfd = match &target {
+            Target::Pid(pid) => {
+                Some(pidfd_open(*pid, PidfdFlags::empty()).map_err(|errno| failed(process_error(errno)))?)
+            }
+            Target::Name(_) | Target::Path(_) => None,
+        };
+        // O_NONBLOCK: the path may lead to a FIFO.
+        let fd = File::options()
+            .read(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(target.path())
+            .map_err(failed)?;
+        if !is_network_namespace(&fd).map_err(|errno| failed(errno.into()))? {
+            return Err(PodError::NotNetns { target });
+        }
+        let identity = Identity::of(&fd.metadata().map_err(failed)?);
+        if let Some(whose) = host(identity) {
+            return Err(PodError::HostNetns { target, whose });
+        }
+        let netns = Self { target, fd, identity, pidfd };
+        // Of a process: the number may have been given to another one between the two openings.
+        if netns.is_gone() { Err(PodError::Moved { target: netns.target }) } else { Ok(netns) }
+    }
+
+    /// As the operator named it.
+    #[must_use]
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// A word for messages and status.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.target.to_string()
+    }
+
+    /// Inode of the namespace.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        self.identity.inode
+    }
+
+    /// Becomes readable when the process of `pid:N` ends.
+    #[must_use]
+    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the name or path leads elsewhere by now, or the process ended. Our own descriptor keeps the namespace
+    /// alive, so nothing in the namespace would tell. A path that cannot be read for want of a privilege is not gone.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        if self.pidfd.as_ref().is_some_and(|pidfd| has_ended(pidfd.as_fd())) {
+            return true;
+        }
+        match Identity::at(&self.target.path()) {
+            Ok(identity) => identity != self.identity,
+            Err(error) => !matches!(error.kind(), io::ErrorKind::PermissionDenied),
+        }
+    }
+
+    /// Runs `f` on a thread of its own inside the namespace. The calling thread never enters it.
+    ///
+    /// # Errors
+    ///
+    /// If the thread cannot be started or cannot enter.
+    ///
+    /// # Panics
+    ///
+    /// If `f` does.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, PodError> {
+        let inside = || {
+            setns(&self.fd, CloneFlags::CLONE_NEWNET)
+                .map_err(|errno| PodError::Enter { target: self.target.clone(), source: errno.into() })?;
+            Ok(f())
+        };
+        thread::scope(|scope| {
+            let thread = thread::Builder::new()
+                .name("netns".to_owned())
+                .spawn_scoped(scope, inside)
+                .map_err(PodError::Thread)?;
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+}
+
+/// A process that is not there is a namespace that does not exist.
+fn process_error(errno: rustix::io::Errno) -> io::Error {
+    if errno == rustix::io::Errno::SRCH { io::ErrorKind::NotFound.into() } else { errno.into() }
+}
+
+fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Whose namespace `identity` is, if it must not be a pod's.
+fn host(identity: Identity) -> Option<&'static str> {
+    let is =
+        |process: &str| Identity::at(Path::new(&format!("/proc/{process}/ns/net"))).map(|i| i == identity);
+    // The thread's own: a test may have unshared one of several.
+    if is("self").unwrap_or(false) || is("thread-self").unwrap_or(false) {
+        return Some("this process");
+    }
+    match is("1") {
+        Ok(same) => same.then_some("PID 1, the host"),
+        Err(_) => {
+            warn!(
+                "host_netns_unverified: the network namespace of PID 1 cannot be read, ancestors are compared"
+            );
+            ancestors().any(|pid| is(&pid).unwrap_or(false)).then_some("an ancestor of this process")
+        }
+    }
+}
+
+/// The parent of this process, its parent, and so on, as far as they can be read.
+fn ancestors() -> impl Iterator<Item = String> {
+    let parent = |process: &str| {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        let pid = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned();
+        (pid != "0").then_some(pid)
+    };
+    std::iter::successors(parent("self"), move |pid| parent(pid)).take(ANCESTORS_MAX)
+}
+
+/// The project of the one Pod of the directory that has one of the pod's `addresses`.
+///
+/// # Errors
+///
+/// If none has, or several have.
+pub fn project_of(objects: &Objects, addresses: &[IpAddr]) -> Result<String, PodError> {
+    let mut holders = objects.workloads_at(addresses);
+    match (holders.next(), holders.next()) {
+        (Some((id, _)), None) => Ok(id.namespace.clone()),
+        (None, _) => Err(PodError::NoPod { addresses: addresses.to_vec() }),
+        (Some(_), Some(_)) => Err(PodError::SeveralPods { addresses: addresses.to_vec() }),
+    }
+}
+
+/// The workload's own addresses, one per family at most: those of its Pod in the directory that the interface has;
+/// without a Pod, the interface's first ones. Fixed from here on.
+#[must_use]
+pub fn own_addresses(objects: &Objects, project: &str, interface: &[IpAddr]) -> Vec<IpAddr> {
+    let pod = objects.workloads_at(interface).find(|(id, _)| id.namespace == project);
+    let candidates = pod.map_or(interface, |(_, pod)| &pod.addresses);
+    let first =
+        |ipv4: bool| candidates.iter().find(|a| a.is_ipv4() == ipv4 && interface.contains(a)).copied();
+    [first(true), first(false)].into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launcher::directory::{Id, Pod};
+
+    fn target(text: &str) -> Option<Target> {
+        text.parse().ok()
+    }
+
+    fn pod(namespace: &str, name: &str, addresses: &[&str]) -> (Id, Pod) {
+        let id = Id { namespace: namespace.to_owned(), name: name.to_owned() };
+        let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
+        (id, Pod { live: true, addresses, ..Pod::default() })
+    }
+
+    fn ips(texts: &[&str]) -> Vec<IpAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_target_is_a_name_a_path_or_a_pid() {
+        assert_eq!(target("web"), Some(Target::Name("web".into())));
+        assert_eq!(target("/run/netns/web"), Some(Target::Name("web".into())));
+        assert_eq!(target("/var/run/netns/cni-1"), Some(Target::Name("cni-1".into())));
+        assert_eq!(target("/proc/7/ns/net"), Some(Target::Path("/proc/7/ns/net".into())));
+        assert_eq!(target("./net"), Some(Target::Path("./net".into())));
+        assert_eq!(target("pid:7"), Some(Target::Pid(Pid::from_raw(7).unwrap())));
+        for bad in ["", ".", "..", "pid:", "pid:0", "pid:-1", "pid:x", "pid:99999999999", "a\0b"] {
+            assert_eq!(target(bad), None, "{bad:?}");
+        }
+        for text in ["web", "/proc/7/ns/net", "pid:7"] {
+            assert_eq!(target(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn our_own_namespace_is_refused() {
+        for text in ["/proc/self/ns/net".to_owned(), format!("pid:{}", std::process::id())] {
+            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
+            assert!(matches!(error, PodError::HostNetns { .. }), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn what_is_no_network_namespace_is_refused() {
+        for text in ["/proc/self/ns/uts", "/proc/self/status", "/dev/null"] {
+            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
+            assert!(matches!(error, PodError::NotNetns { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_exist_is_said_to() {
+        for text in ["no-such-namespace", "/nowhere/net", "pid:2147483647"] {
+            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
+            assert!(error.to_string().contains("does not exist"), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn ancestors_end_at_the_first_process() {
+        let pids: Vec<String> = ancestors().collect();
+        assert_eq!(pids.first(), Some(&std::os::unix::process::parent_id().to_string()));
+        assert!(pids.len() < ANCESTORS_MAX);
+    }
+
+    #[test]
+    fn the_project_is_that_of_the_one_pod_with_the_address() {
+        let mut objects = Objects::default();
+        objects.pods.extend([pod("shop", "a", &["10.0.0.1", "fd00::1"]), pod("bank", "b", &["10.0.0.2"])]);
+        assert_eq!(project_of(&objects, &ips(&["10.0.0.1", "fd00::1"])).unwrap(), "shop");
+        assert_eq!(project_of(&objects, &ips(&["10.0.0.2"])).unwrap(), "bank");
+        for (addresses, expected) in
+            [(["10.0.0.9", "::9"], "no Pod"), (["10.0.0.1", "10.0.0.2"], "several Pods")]
+        {
+            let error = project_of(&objects, &ips(&addresses)).unwrap_err();
+            assert!(error.to_string().starts_with(expected), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn own_addresses_are_those_that_directory_and_interface_share() {
+        let mut objects = Objects::default();
+        objects.pods.extend([pod("shop", "a", &["10.0.0.2", "fd00::1"]), pod("bank", "b", &["10.0.0.3"])]);
+        let own = |interface: &[&str]| own_addresses(&objects, "shop", &ips(interface));
+        assert_eq!(own(&["10.0.0.1", "10.0.0.2", "fd00::1"]), ips(&["10.0.0.2", "fd00::1"]));
+        assert_eq!(own(&["10.0.0.2", "fd00::9"]), ips(&["10.0.0.2"]));
+        assert_eq!(own(&["10.0.0.3", "10.0.0.4", "fd00::9"]), ips(&["10.0.0.3", "fd00::9"]));
+        assert_eq!(own(&["fd00::1"]), ips(&["fd00::1"]));
+    }
+}
