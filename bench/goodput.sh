@@ -131,33 +131,57 @@ declare -A TITLE=([plain]='plain' [wg]='wireguard-go' [tenc]='Tencrypt' [tenc6]=
 declare -A CLIENT=([plain]=bank-client [wg]=bank-client [tenc]=shop-client [tenc6]=shop-client [rekey]=shop-web1)
 declare -A ADDRESS PORT=([plain]=5301 [wg]=5301 [tenc]=5201 [tenc6]=5201 [rekey]=5201)
 declare -A PONG=([plain]=7301 [wg]=7301 [tenc]=5202 [tenc6]=5202 [rekey]=5202)
-declare -A GOODPUT=() P50=() P99=()
+declare -A TUNNEL=([plain]='') GOODPUT=() COST=() P50=() P99=()
 
-# goodput ROW: one iperf3 run, Gbit/s; 0 when it fails.
+# goodput ROW: one iperf3 run; sets gbits (0 when it fails) and cost (CPU seconds of the tunnel's processes per GB).
 goodput() {
-  local row=$1 json
+  local row=$1 json gigabytes before
+  before=$(cpu_ticks "$row")
   json=$(in_pod "${CLIENT[$row]}" timeout $((seconds + 30)) \
     iperf3 -J -t "$seconds" -C cubic -p "${PORT[$row]}" -c "${ADDRESS[$row]}") || true
-  printf '%s' "$json" | jq -er '
+  read -r gbits gigabytes < <(printf '%s' "$json" | jq -er '
     if .end.sender_tcp_congestion != "cubic" or .end.receiver_tcp_congestion != "cubic" then error("not cubic") else . end
-    | .end.sum_received.bits_per_second / 1e9' 2>>"$work/log" || {
+    | .end.sum_received | "\(.bits_per_second / 1e9) \(.bytes / 1e9)"' 2>>"$work/log") || {
     printf '%s\n' "$json" >>"$work/log"
-    printf 0
+    gbits=0 gigabytes=0
   }
+  cost=$(awk -v a="$before" -v b="$(cpu_ticks "$row")" -v hz="$(getconf CLK_TCK)" -v g="$gigabytes" \
+    'BEGIN { print (g > 0 ? (b - a) / hz / g : 0) }')
+}
+
+# cpu_ticks ROW: user and system time so far of the processes that make its tunnel, both ends.
+cpu_ticks() {
+  local pid sum=0 stat
+  for pid in ${TUNNEL[$1]}; do
+    stat=$(<"/proc/$pid/stat")
+    read -ra stat <<<"${stat##*) }"
+    sum=$((sum + stat[11] + stat[12]))
+  done
+  printf '%d' $sum
+}
+
+# agents POD...: the process IDs of the pods' agents.
+agents() {
+  local pod pid
+  for pod; do
+    for pid in $(ip netns pids "$TENC_LAB-$pod"); do
+      if [[ $(tr '\0' ' ' <"/proc/$pid/cmdline") == 'tencrypt agent '* ]]; then printf '%s ' "$pid"; fi
+    done
+  done
 }
 
 # round_trip ROW: p50 and p99 of small requests on one connection, us; `0 0` when it fails.
 round_trip() { probe "${CLIENT[$1]}" ping "${ADDRESS[$1]}" "${PONG[$1]}" $REQUESTS || printf '0 0'; }
 
 one_round() {
-  local i row value p50 p99
+  local i row gbits cost p50 p99
   printf 'round %d/%d, Gbit/s:' "$1" "$rounds" >&2
   for ((i = 0; i < ${#ROWS[@]}; i++)); do
     row=${ROWS[(i + $1 - 1) % ${#ROWS[@]}]}
-    value=$(goodput "$row")
+    goodput "$row"
     read -r p50 p99 < <(round_trip "$row")
-    GOODPUT[$row]+=" $value" P50[$row]+=" $p50" P99[$row]+=" $p99"
-    printf '  %s %.2f' "${TITLE[$row]}" "$value" >&2
+    GOODPUT[$row]+=" $gbits" COST[$row]+=" $cost" P50[$row]+=" $p50" P99[$row]+=" $p99"
+    printf '  %s %.2f' "${TITLE[$row]}" "$gbits" >&2
   done
   printf '\n' >&2
 }
@@ -182,6 +206,12 @@ if ((with_tencrypt)); then
   lab protect shop-client shop-web2 | sed 's/^/  /' >&2 || fail "tencrypt launch failed"
   TENC_LAUNCH_ARGS="--rekey-after $REKEY_AFTER" lab protect shop-web1 shop-client2 | sed 's/^/  /' >&2 ||
     fail "tencrypt launch --rekey-after failed"
+  TUNNEL[tenc]=$(agents shop-client shop-web2)
+  TUNNEL[tenc6]=${TUNNEL[tenc]}
+  TUNNEL[rekey]=$(agents shop-web1 shop-client2)
+  for row in tenc rekey; do
+    [[ $(wc -w <<<"${TUNNEL[$row]}") == 2 ]] || fail "there are not two agents for '${TITLE[$row]}'"
+  done
 fi
 count_rekeys
 lab leaks --reset

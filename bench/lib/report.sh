@@ -33,13 +33,16 @@ tables() {
   local row values plain
   read -ra values <<<"${GOODPUT[plain]}"
   plain=$(middle "${values[@]}")
-  printf '\n%-22s %5s %9s %9s %9s %9s\n' 'GOODPUT, Gbit/s' N MEDIAN MIN MAX 'TO PLAIN'
+  printf '\n%-22s %5s %9s %9s %9s %9s %12s\n' 'GOODPUT, Gbit/s' N MEDIAN MIN MAX 'TO PLAIN' 'CPU s per GB'
   for row in "${ROWS[@]}"; do
     read -ra values <<<"${GOODPUT[$row]}"
     # shellcheck disable=SC2046  # three words
     printf '%-22s %5d %9.2f %9.2f %9.2f' "${TITLE[$row]}" ${#values[@]} $(stats "${values[@]}")
-    printf ' %9s\n' "$(ratio "$(middle "${values[@]}")" "$plain")"
+    printf ' %9s' "$(ratio "$(middle "${values[@]}")" "$plain")"
+    read -ra values <<<"${COST[$row]}"
+    if [[ -n ${TUNNEL[$row]} ]]; then printf ' %12.2f\n' "$(middle "${values[@]}")"; else printf ' %12s\n' -; fi
   done
+  printf '(CPU: user and system time of the tunnel processes, both ends.)\n'
   printf '\n%-22s %5s %9s %9s %9s %9s   %s\n' 'ROUND TRIP (TCP), us' N P50 MIN MAX P99 "(64 bytes, $REQUESTS each, medians)"
   for row in "${ROWS[@]}"; do
     read -ra values <<<"${P50[$row]}"

@@ -110,6 +110,7 @@ find_wireguard_go() {
 wireguard_end() {
   local pod=$1 device=$2 tries=100
   background "$pod" env LOG_LEVEL=error "$wireguard_go" --foreground "$device"
+  TUNNEL[wg]+=" ${pids[-1]}"
   until [[ -S $WG_SOCKETS/$device.sock ]]; do
     ((tries-- > 0)) || fail "wireguard-go did not start in $pod"
     sleep 0.05
