@@ -297,7 +297,7 @@ mod tests {
             (format!("{LAUNCH} --resolvconf x"), "--resolvconf", "--resolv-conf"),
             ("tencrypt luanch".to_owned(), "luanch", "launch"),
             ("tencrypt keygne".to_owned(), "keygne", "keygen"),
-            (format!("{LAUNCH} --inject rwa"), "rwa", "raw"),
+            (format!("{LAUNCH} --inject aut"), "aut", "auto"),
         ] {
             let (exit, text) = refused(&line);
             assert_eq!(exit, Exit::Usage);

@@ -62,6 +62,7 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
         }
         Command::Launch(arguments) => {
             hide_memory().map_err(Failure::kernel)?;
+            sys::fd::keep_to_ourselves();
             launcher::launch(arguments, &filter)
         }
         Command::Agent(arguments) => {

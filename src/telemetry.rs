@@ -32,6 +32,8 @@ pub fn start(filter: &str) -> anyhow::Result<()> {
         .map_err(|e| anyhow::anyhow!("{LOG_VARIABLE}: {e}: use for example `info` or `tencrypt=debug`"))?;
     tracing_subscriber::fmt()
         .compact()
+        // Its own complaints go to stderr with a macro that panics: an agent whose log reader is gone must live on.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter)

@@ -7,7 +7,8 @@
 
 use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
+    CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set,
+    set_capabilities,
 };
 
 const KEPT: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::NET_RAW);
@@ -30,7 +31,10 @@ pub(super) fn drop_all_but_network() -> Result<(), Errno> {
         }
     }
     clear_ambient_capability_set()?;
-    set_capabilities(None, CapabilitySets { effective: KEPT, permitted: KEPT, inheritable: CapabilitySet::empty() })
+    set_capabilities(
+        None,
+        CapabilitySets { effective: KEPT, permitted: KEPT, inheritable: CapabilitySet::empty() },
+    )
 }
 
 #[cfg(test)]
@@ -39,9 +43,7 @@ mod tests {
 
     #[test]
     fn nothing_but_the_network_capabilities_is_left() {
-        let left = std::thread::spawn(|| {
-            drop_all_but_network().map(|()| rustix::thread::capabilities(None))
-        });
+        let left = std::thread::spawn(|| drop_all_but_network().map(|()| rustix::thread::capabilities(None)));
         match left.join().expect("the thread ends") {
             // Without privilege there is nothing to give up, and the kernel says so.
             Err(error) => assert_eq!(error, Errno::PERM),

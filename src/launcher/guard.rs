@@ -126,6 +126,15 @@ pub fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
     }
 }
 
+/// Whether the skeleton, or what is left of one, is in `netns`.
+///
+/// # Errors
+/// See [`Error`].
+pub fn is_loaded(netns: &OwnedFd) -> Result<bool, Error> {
+    let tables = nft(netns, "list the tables of", &["list", "tables"], "")?;
+    Ok(tables.lines().any(|line| line.split_whitespace().last() == Some(TABLE)))
+}
+
 /// Removes both tables; tables that are not there are fine.
 ///
 /// # Errors

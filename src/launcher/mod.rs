@@ -2,20 +2,19 @@
 //!
 //! `tencrypt launch`, in order:
 //!
-//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key ([`Plan`])
-//! 2. the namespace's lock, the guard's skeleton, the DNS helper ([`bring_up`])
+//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
+//! 2. the namespace's lock, the guard's skeleton, the DNS helper (`bring_up`)
 //! 3. the agent: `Init`, the directory, then its `Ready`
 //! 4. `protected …` on standard output
-//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's ([`supervise`])
-//! 6. on a signal: the agent removes what it made, and the guard goes last ([`take_down`])
+//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's (`supervise`)
+//! 6. on a signal: the agent removes what it made, and the guard goes last (`take_down`)
 //!
 //! A bring-up that fails, or is interrupted, is undone in reverse. An agent that ends by itself leaves the pod closed:
 //! guard, routes and `tenc0` stay. May touch: what its modules may.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
-use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -25,29 +24,25 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
-use crate::agent::control::{self, FromAgent, Init, OwnAddress, Seed, ToAgent};
+use crate::agent::control::{FromAgent, ToAgent};
 use crate::agent::netlink::Netlink;
 use crate::agent::tun;
 use crate::cli::{self, Exit};
-use crate::proto::directory::Change;
-use crate::proto::mtu::inner_mtu;
 
 pub mod directory;
 pub mod dns_helper;
 pub mod guard;
 pub mod keys;
 pub mod lock;
+mod plan;
 pub mod pod;
 pub mod supervisor;
 
-use directory::file::{FileSource, Manifests, SourceError};
 use dns_helper::DnsHelper;
 use guard::{Loaded, Skeleton};
-use keys::{KeyError, ProjectKey, Suite};
 use lock::{Lock, LockError};
-use pod::network::{NetworkError, PodNetwork};
-use pod::resolv::{ResolvConf, ResolvError};
-use pod::{PodError, PodNetns, Target};
+use plan::Plan;
+use pod::PodNetns;
 use supervisor::{Agent, Event, Stop};
 
 /// From the agent's start to its `Ready`; thousands of routes take less than a second.
@@ -148,7 +143,7 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
         up = bring_up(&mut plan, &mut made, log_filter) => Some(up),
     };
     match up {
-        Some(Ok(())) => {}
+        Some(Ok(())) => made.guard = true,
         Some(Err(failure)) => {
             if let Err(left) = take_down(&plan, made).await {
                 warn!(
@@ -186,162 +181,10 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     }
 }
 
-/// Everything that is known before anything is changed.
-struct Plan {
-    netns: PodNetns,
-    /// A second descriptor of the namespace.
-    netns_fd: OwnedFd,
-    project: String,
-    port: u16,
-    network: PodNetwork,
-    addresses: Vec<IpAddr>,
-    resolvers: Vec<IpAddr>,
-    /// What the agent will be told; taken when it is.
-    init: Option<Init>,
-    source: FileSource,
-    /// What is still to be sent to the agent.
-    queue: VecDeque<ToAgent>,
-    generation: u64,
-}
-
-impl Plan {
-    fn make(arguments: &cli::Launch) -> Result<Self, Failure> {
-        let target: Target = arguments.netns.parse().map_err(Failure::coded(PodError::exit_code))?;
-        let netns = PodNetns::open(target).map_err(Failure::coded(PodError::exit_code))?;
-        let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
-        let network =
-            PodNetwork::inspect(&netns, arguments.port).map_err(Failure::coded(NetworkError::exit_code))?;
-        let manifests =
-            Manifests::open(&arguments.directory).map_err(Failure::coded(SourceError::exit_code))?;
-        let project = project(arguments, &manifests, &network.addresses)?;
-        let resolv = ResolvConf::read(&netns, arguments.resolv_conf.as_deref(), &project)
-            .map_err(Failure::coded(ResolvError::exit_code))?;
-        // The cipher is WireGuard's own until there is a flag for it.
-        let key = ProjectKey::read(&arguments.project_key_file, &project, Suite::default())
-            .map_err(Failure::coded(KeyError::exit_code))?;
-        let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
-        if addresses.is_empty() {
-            return Err(Failure::usage(anyhow!(
-                "none of the addresses of the pod's device {} is one of its Pod in the directory",
-                network.interface
-            )));
-        }
-        let resolvers = capturable(&resolv, &addresses);
-        if network.dns_ports.keep_bound {
-            warn!(
-                "ip_local_port_range leaves no ports free: DNS of an application may be refused now and then"
-            );
-        }
-        let mut seed = Seed([0; 32]);
-        aws_lc_rs::rand::fill(&mut seed.0)
-            .map_err(|_| Failure::kernel(anyhow!("the system gives no random numbers")))?;
-        let own = |address| OwnAddress { address, secret: key.static_secret(address) };
-        let init = Init {
-            addresses: addresses.iter().copied().map(own).collect(),
-            port: arguments.port,
-            interface: network.interface.clone(),
-            link_mtu: network.mtu,
-            zone: resolv.zone,
-            resolvers: resolvers.clone(),
-            dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
-            inject: arguments.inject.into(),
-            seed,
-            rekey_after_s: arguments.rekey_after,
-            netdev_guard: true,
-        };
-        let (source, changes) = manifests
-            .follow(key, addresses.clone())
-            .context("cannot watch the directory")
-            .map_err(Failure::kernel)?;
-        let mut plan = Self {
-            netns,
-            netns_fd,
-            project,
-            port: arguments.port,
-            network,
-            addresses,
-            resolvers,
-            init: Some(init),
-            source,
-            queue: VecDeque::new(),
-            generation: 0,
-        };
-        plan.commit(changes);
-        Ok(plan)
-    }
-
-    /// Queues changes as the next generation.
-    fn commit(&mut self, changes: Vec<Change>) {
-        self.generation += 1;
-        debug!(generation = self.generation, changes = changes.len(), "directory");
-        self.queue.extend(control::chunks(changes));
-        self.queue.push_back(ToAgent::Commit { generation: self.generation });
-    }
-
-    /// The MTU of `tenc0`: what the family with the smaller overhead leaves.
-    fn inner_mtu(&self) -> u32 {
-        self.addresses.iter().map(|own| inner_mtu(self.network.mtu, *own)).max().unwrap_or(self.network.mtu)
-    }
-
-    /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
-    fn announce(&self) {
-        let addresses = self.addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
-        let line = format!(
-            "protected {} project={} addresses={addresses} interface={} port={}\n",
-            self.netns.name(),
-            self.project,
-            self.network.interface,
-            self.port
-        );
-        let mut stdout = io::stdout();
-        if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
-            warn!(%error, "cannot print that the pod is protected");
-        }
-    }
-}
-
-/// The operator's project, or that of the one Pod with the pod's address. A directory that says otherwise is believed:
-/// both are root's words, and a key of the wrong project would leave the pod's traffic in clear.
-fn project(arguments: &cli::Launch, manifests: &Manifests, addresses: &[IpAddr]) -> Result<String, Failure> {
-    let objects = manifests.objects();
-    let Some(project) = &arguments.project else {
-        return pod::project_of(objects, addresses).map_err(Failure::coded(PodError::exit_code));
-    };
-    let project = project.to_ascii_lowercase();
-    let holders: Vec<_> = objects.workloads_at(addresses).map(|(id, _)| id).collect();
-    match holders.first() {
-        Some(other) if holders.iter().all(|id| id.namespace != project) => Err(Failure::usage(anyhow!(
-            "project_mismatch: the directory gives the pod's address to {}/{}, not to the project {project}",
-            other.namespace,
-            other.name
-        ))),
-        _ => Ok(project),
-    }
-}
-
-/// The resolvers whose traffic a route can capture: of a family the pod has, and not on loopback.
-fn capturable(resolv: &ResolvConf, own: &[IpAddr]) -> Vec<IpAddr> {
-    if !resolv.loopback.is_empty() {
-        warn!(
-            "a resolver on loopback cannot be captured: its names are protected as far as the directory knows them"
-        );
-    }
-    if !resolv.ignored.is_empty() {
-        warn!(
-            count = resolv.ignored.len(),
-            "resolvers that are left out: not an address, link-local, or too many"
-        );
-    }
-    if resolv.zone.is_none() {
-        warn!("the search list names no zone <project>.svc.<domain>: nothing is learned from DNS");
-    }
-    let reachable = |resolver: &&IpAddr| own.iter().any(|own| own.is_ipv4() == resolver.is_ipv4());
-    resolv.resolvers.iter().filter(reachable).copied().collect()
-}
-
 /// What exists because of this launcher, in the order it is made.
 struct Made {
     lock: Lock,
+    /// The guard is ours to remove.
     guard: bool,
     agent: Option<Agent>,
 }
@@ -368,8 +211,9 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
         resolvers: plan.resolvers.clone(),
         dns_ports: plan.network.dns_ports.range.clone(),
     };
-    // Set first: a load that fails half way is removed too.
-    made.guard = true;
+    // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open
+    // it. Set before the load: one that fails half way is removed too.
+    made.guard = !guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
     match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
         Loaded::WithoutEgress(reason) => {

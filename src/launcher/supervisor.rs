@@ -165,7 +165,8 @@ impl Agent {
                 },
                 sent = flush(&self.channel, queue) => match sent {
                     Ok(()) => {}
-                    Err(ChannelError::Closed) => return self.end().await,
+                    // Its last words may still be unread.
+                    Err(ChannelError::Closed) => queue.clear(),
                     Err(error) => return Err(error.into()),
                 },
             }

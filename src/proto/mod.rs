@@ -11,6 +11,7 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name;
@@ -101,7 +102,7 @@ pub struct Inject<'a> {
     /// Where the parts lie.
     pub buffer: &'a [u8],
     /// Parts of the packet, in order.
-    pub parts: &'a [std::ops::Range<usize>],
+    pub parts: &'a [Range<usize>],
 }
 
 /// One agent's decisions.
@@ -126,7 +127,7 @@ pub struct Engine {
     coalesce: bool,
     next_train: usize,
     owned: VecDeque<(VnetHeader, Vec<u8>)>,
-    owned_now: (Vec<u8>, [std::ops::Range<usize>; 1]),
+    owned_now: (Vec<u8>, Range<usize>),
     forwards: VecDeque<Forward>,
     next_sweep: Option<Instant>,
     counters: Counters,
@@ -163,7 +164,7 @@ impl Engine {
             coalesce: config.coalesce,
             next_train: 0,
             owned: VecDeque::new(),
-            owned_now: (Vec::new(), [0..0]),
+            owned_now: (Vec::new(), 0..0),
             forwards: VecDeque::new(),
             next_sweep: None,
             counters: Counters::default(),
@@ -305,9 +306,9 @@ impl Engine {
             }
         }
         let (vnet, packet) = self.owned.pop_front()?;
-        self.owned_now = (packet, [0..0]);
-        self.owned_now.1[0] = 0..self.owned_now.0.len();
-        Some(Inject { vnet, buffer: &self.owned_now.0, parts: &self.owned_now.1 })
+        let whole = 0..packet.len();
+        self.owned_now = (packet, whole);
+        Some(Inject { vnet, buffer: &self.owned_now.0, parts: std::slice::from_ref(&self.owned_now.1) })
     }
 
     /// The next DNS message for a TCP connection of the pod.

@@ -97,7 +97,10 @@ impl Engine {
         if !self.own.contains(&packet.source) {
             return Err(DropReason::NotOwner);
         }
-        if self.dns.is_resolver(packet.destination) {
+        // A resolver of our own project is a peer like any other: its answers come sealed.
+        let ours =
+            self.peers.contains(packet.destination) || self.directory.vip(packet.destination).is_some();
+        if self.dns.is_resolver(packet.destination) && !ours {
             match (packet.protocol, packet.ports(bytes)) {
                 (protocol::TCP, Some((_, DNS_PORT))) => return Ok(Captured::DnsStream),
                 (protocol::UDP, Some((source, DNS_PORT))) => {

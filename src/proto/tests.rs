@@ -311,7 +311,7 @@ fn a_large_burst_arrives_as_the_same_stream_with_complete_checksums() {
     built.write(&mut packet, &payload).unwrap();
     // What the kernel leaves in the field of a partial checksum: the sum over the pseudo header.
     let tcp_len = u16::try_from(packet.len() - 20).unwrap();
-    let partial = crate::wire::checksum::pseudo_header(&packet[12..20].to_vec(), 6, usize::from(tcp_len));
+    let partial = crate::wire::checksum::pseudo_header(&packet[12..20], 6, usize::from(tcp_len));
     packet[36..38].copy_from_slice(&partial.to_be_bytes());
     let vnet =
         VnetHeader { gso: Gso::Tcp4(1336), header_len: 40, partial_checksum: Some((20, 16)), ecn: false };

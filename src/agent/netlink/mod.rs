@@ -1,6 +1,6 @@
 //! Links, routes and rules of the pod, over one blocking rtnetlink socket.
 //!
-//! Nothing of ours stands in the pod's main table: [`rules`] send DNS into table T53 and everything else through table T,
+//! Nothing of ours stands in the pod's main table: the rules (rules.rs) send DNS into table T53 and everything else through table T,
 //! which holds one route per protected address. Both fail closed: next to each route stands an `unreachable` twin of the
 //! worst metric, which takes over when `tenc0` goes.
 //!
@@ -12,16 +12,13 @@
 //!
 //! Source: rtnetlink(7), ip-rule(8), ip-route(8).
 
+mod links;
 mod request;
 mod rules;
 
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
-use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
-};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
     RouteType,
@@ -30,6 +27,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
+pub use self::links::{Link, LinkAddress};
 pub use self::request::{Error, Object};
 use self::request::{Request, Transport};
 use self::rules::Rule;
@@ -51,37 +49,6 @@ const METRIC: u32 = 1;
 const TWIN_METRIC: u32 = u32::MAX;
 /// A rule that matches nothing of interest: added and deleted to make IPv6 sockets look up their route again.
 const FLUSH_PRIORITY: u32 = 108;
-/// Largest super-packet and most segments in one, so that one read of `tenc0` is one send with UDP_SEGMENT.
-const GSO_MAX_SIZE: u32 = 61_000;
-const GSO_MAX_SEGS: u32 = 64;
-const TX_QUEUE_LEN: u32 = 500;
-
-/// A device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// Interface index.
-    pub index: u32,
-    /// Interface name.
-    pub name: String,
-    /// MTU in bytes.
-    pub mtu: u32,
-    /// Ethernet address, where it has one.
-    pub mac: Option<[u8; 6]>,
-    /// Administratively up.
-    pub up: bool,
-}
-
-/// An address of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinkAddress {
-    /// The device's index.
-    pub index: u32,
-    /// The address.
-    pub address: IpAddr,
-    /// Length of its prefix in bits.
-    pub prefix_len: u8,
-}
-
 /// The route of one protected address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProtectedRoute {
@@ -106,139 +73,6 @@ impl Netlink {
     /// [`Error::Socket`].
     pub fn open() -> Result<Self, Error> {
         Ok(Self { transport: Transport::open()? })
-    }
-
-    /// Looks a device up by its name.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] with ENODEV when there is none.
-    pub fn link(&mut self, name: &str) -> Result<Link, Error> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        self.find_link(message, name)
-    }
-
-    /// Looks up the device that has `own` among its addresses.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] with EADDRNOTAVAIL when none has it.
-    pub fn link_of(&mut self, own: IpAddr) -> Result<Link, Error> {
-        let found =
-            self.addresses()?.into_iter().find(|a| a.address == own).ok_or_else(|| Error::Refused {
-                operation: "find",
-                object: Object::Address(own),
-                source: Errno::EADDRNOTAVAIL.into(),
-            })?;
-        let mut message = LinkMessage::default();
-        message.header.index = found.index;
-        self.find_link(message, &format!("number {}", found.index))
-    }
-
-    /// All addresses of all devices of the namespace.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn addresses(&mut self) -> Result<Vec<LinkAddress>, Error> {
-        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let found = self.transport.dump(&request, "addresses")?;
-        Ok(found.into_iter().filter_map(read_address).collect())
-    }
-
-    /// Prepares a TUN device and brings it up: no link-local address of its own, `mtu`, and super-packets of a size that
-    /// fits one send.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn set_up_tun(&mut self, name: &str, mtu: u32) -> Result<(), Error> {
-        let index = self.link(name)?.index;
-        let set = |attributes, flags, tolerated| {
-            let mut message = LinkMessage::default();
-            message.header.index = index;
-            message.header.flags = flags;
-            message.header.change_mask = flags;
-            message.attributes = attributes;
-            Request {
-                message: RouteNetlinkMessage::SetLink(message),
-                flags: 0,
-                operation: "set up",
-                object: Object::Link(name.to_owned()),
-                tolerated,
-            }
-        };
-        let no_address = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
-        self.transport.batch(vec![
-            // A kernel or namespace without IPv6 has nothing to switch off.
-            set(
-                vec![LinkAttribute::AfSpecUnspec(vec![no_address])],
-                LinkFlags::empty(),
-                &[Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP],
-            ),
-            set(
-                vec![
-                    LinkAttribute::Mtu(mtu),
-                    LinkAttribute::TxQueueLen(TX_QUEUE_LEN),
-                    LinkAttribute::GsoMaxSize(GSO_MAX_SIZE),
-                    LinkAttribute::GsoMaxSegs(GSO_MAX_SEGS),
-                ],
-                LinkFlags::empty(),
-                &[],
-            ),
-            set(Vec::new(), LinkFlags::Up, &[]),
-        ])
-    }
-
-    /// Brings a device up.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn set_link_up(&mut self, name: &str) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.header.index = self.link(name)?.index;
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-        self.transport.batch(vec![Request {
-            message: RouteNetlinkMessage::SetLink(message),
-            flags: 0,
-            operation: "bring up",
-            object: Object::Link(name.to_owned()),
-            tolerated: &[],
-        }])
-    }
-
-    /// Removes a device; one that is not there is fine.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn delete_link(&mut self, name: &str) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        self.transport.batch(vec![Request {
-            message: RouteNetlinkMessage::DelLink(message),
-            flags: 0,
-            operation: "delete",
-            object: Object::Link(name.to_owned()),
-            tolerated: &[Errno::ENODEV],
-        }])
-    }
-
-    /// Adds `address` as a host address (/32 or /128, without duplicate address detection) to the device `name`.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn add_host_address(&mut self, name: &str, address: IpAddr) -> Result<(), Error> {
-        let mut message = AddressMessage::default();
-        message.header.index = self.link(name)?.index;
-        message.header.family = family(address.is_ipv6());
-        message.header.prefix_len = host_len(address.is_ipv6());
-        message.header.flags = AddressHeaderFlags::Nodad;
-        message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
-        self.transport.batch(vec![Request {
-            message: RouteNetlinkMessage::NewAddress(message),
-            flags: NLM_F_CREATE | NLM_F_REPLACE,
-            operation: "add",
-            object: Object::Address(address),
-            tolerated: &[],
-        }])
     }
 
     /// Adds a default route of the main table through the device `name`.
@@ -380,20 +214,6 @@ impl Netlink {
             requests.extend(flush_requests());
         }
         self.transport.batch(requests)
-    }
-
-    fn find_link(&mut self, message: LinkMessage, name: &str) -> Result<Link, Error> {
-        let answer = self.transport.one(Request {
-            message: RouteNetlinkMessage::GetLink(message),
-            flags: 0,
-            operation: "find",
-            object: Object::Link(name.to_owned()),
-            tolerated: &[],
-        })?;
-        match answer {
-            RouteNetlinkMessage::NewLink(message) => Ok(read_link(message)),
-            _ => Err(Error::Unexpected("something that is no link")),
-        }
     }
 
     fn our_rules(&mut self) -> Result<Vec<RuleMessage>, Error> {
@@ -546,43 +366,6 @@ fn destination(message: &RouteMessage) -> Option<IpAddr> {
         RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::from(*to)),
         RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::from(*to)),
         _ => None,
-    })
-}
-
-fn read_link(message: LinkMessage) -> Link {
-    let mut link = Link {
-        index: message.header.index,
-        name: String::new(),
-        mtu: 0,
-        mac: None,
-        up: message.header.flags.contains(LinkFlags::Up),
-    };
-    for attribute in message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name = name,
-            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-            LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
-            _ => {}
-        }
-    }
-    link
-}
-
-fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
-    let RouteNetlinkMessage::NewAddress(message) = message else { return None };
-    // On a point-to-point device ADDRESS is the far end; LOCAL is absent for IPv6.
-    let local = message.attributes.iter().find_map(|a| match a {
-        AddressAttribute::Local(address) => Some(*address),
-        _ => None,
-    });
-    let far = message.attributes.iter().find_map(|a| match a {
-        AddressAttribute::Address(address) => Some(*address),
-        _ => None,
-    });
-    Some(LinkAddress {
-        index: message.header.index,
-        address: local.or(far)?,
-        prefix_len: message.header.prefix_len,
     })
 }
 

@@ -16,8 +16,9 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 
-/// Bytes per send: well inside a netlink socket's default send buffer.
-const BATCH_BYTES: usize = 64 << 10;
+/// Messages per send: were each of them refused, the refusals (768 bytes each, as the kernel counts) still fit a default
+/// receive buffer.
+const BATCH_MESSAGES: usize = 128;
 /// Tries of a dump that the kernel says was inconsistent.
 const DUMP_ATTEMPTS: usize = 8;
 
@@ -120,7 +121,7 @@ impl Transport {
         let _ = socket.set_cap_ack(true);
         // Dumps of one table instead of all; what an old kernel sends in addition is filtered out by the caller.
         let _ = socket.set_netlink_get_strict_chk(true);
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BATCH_BYTES) })
+        Ok(Self { socket, sequence: 0, buffer: Vec::new() })
     }
 
     /// Sends all `requests` in order and waits until the kernel has done them.
@@ -135,10 +136,10 @@ impl Transport {
             let mut bytes = std::mem::take(&mut self.buffer);
             bytes.clear();
             while let Some(request) = pending.next() {
-                let more = pending.peek().is_some() && bytes.len() + 512 < BATCH_BYTES;
+                labels.push((request.operation, request.object, request.tolerated));
+                let more = pending.peek().is_some() && labels.len() < BATCH_MESSAGES;
                 let flags = NLM_F_REQUEST | request.flags | if more { 0 } else { NLM_F_ACK };
                 self.append(&mut bytes, request.message, flags);
-                labels.push((request.operation, request.object, request.tolerated));
                 if !more {
                     break;
                 }
@@ -167,7 +168,7 @@ impl Transport {
         found.ok_or(Error::Unexpected("nothing"))
     }
 
-    /// Sends `message` as a dump request and collects what it yields; a table that does not exist yields nothing.
+    /// Sends `message` as a dump request and collects what it yields; a table or family that does not exist yields nothing.
     pub(super) fn dump(
         &mut self,
         message: &RouteNetlinkMessage,
@@ -182,7 +183,11 @@ impl Transport {
                     Ok(false)
                 }
                 NetlinkPayload::Done(_) => Ok(true),
-                NetlinkPayload::Error(e) if e.raw_code() == -libc::ENOENT => Ok(true),
+                NetlinkPayload::Error(e)
+                    if matches!(-e.raw_code(), libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) =>
+                {
+                    Ok(true)
+                }
                 NetlinkPayload::Error(e) => Err(refused("list", Object::All(kind), e.to_io())),
                 _ => Ok(false),
             })?;

@@ -181,7 +181,8 @@ impl Folder {
         };
         let scan = folder.scan(now);
         // What a running source only reports stops one that is about to start.
-        match scan.problems.iter().find(|p| matches!(p, Problem::Vanished { .. } | Problem::Unwatched { .. })) {
+        match scan.problems.iter().find(|p| matches!(p, Problem::Vanished { .. } | Problem::Unwatched { .. }))
+        {
             Some(Problem::Unwatched { reason }) => {
                 Err(SourceError::Watch { dir: dir.to_owned(), source: io::Error::other(reason.clone()) })
             }
@@ -309,7 +310,8 @@ impl Folder {
             let name = entry?.file_name();
             // Follows links. What cannot be looked at is read, and reported, if it was a manifest before.
             if syntax(&name).is_some()
-                && std::fs::metadata(self.dir.join(&name)).map_or(self.files.contains_key(&name), |m| m.is_file())
+                && std::fs::metadata(self.dir.join(&name))
+                    .map_or(self.files.contains_key(&name), |m| m.is_file())
             {
                 names.insert(name);
             }
@@ -337,9 +339,11 @@ impl Folder {
         let syntax = syntax(&name).expect("only manifests are listed");
         let manifest = self.files.entry(name).or_default();
         manifest.fingerprint = reading.fingerprint;
-        let parsed = reading.content.as_ref().map_err(String::clone).and_then(|content| {
-            manifest::parse(content, syntax).map_err(|error| error.to_string())
-        });
+        let parsed = reading
+            .content
+            .as_ref()
+            .map_err(String::clone)
+            .and_then(|content| manifest::parse(content, syntax).map_err(|error| error.to_string()));
         match parsed {
             Ok(objects) => {
                 scan.changed |= manifest.objects != objects;

@@ -1,14 +1,16 @@
 //! Tests of the channel: both directions over real socket pairs, and garbage.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::AsRawFd;
 
 use proptest::prelude::*;
 use rustix::io::{FdFlags, fcntl_getfd};
 
+use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
-use crate::proto::directory::{Protocol, ServiceEndpoint, ServicePort, Workload};
-use crate::proto::noise::{PresharedKey, PublicKey};
+use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
+use crate::proto::noise::{PresharedKey, PublicKey, StaticSecret};
 
 fn init() -> Init {
     Init {
@@ -85,11 +87,14 @@ fn an_empty_queue_a_message_and_the_end_are_told_apart() {
 }
 
 #[test]
-fn an_end_closed_with_unread_messages_is_the_end_not_an_error() {
+fn last_words_are_received_even_if_the_other_end_left_messages_unread() {
     let (launcher, agent) = ends();
     launcher.send(&ToAgent::Stop, &[]).unwrap();
+    agent.send(&FromAgent::failed(3, "port in use"), &[]).unwrap();
     drop(agent);
+    assert!(matches!(message(launcher.recv().unwrap()).0, FromAgent::Failed { exit_code: 3, .. }));
     assert!(matches!(launcher.recv().unwrap(), Received::Closed));
+    assert!(matches!(launcher.send(&ToAgent::Stop, &[]), Err(ChannelError::Closed)));
 }
 
 #[test]
@@ -118,7 +123,7 @@ fn descriptors_of_a_refused_message_are_refused_and_closed() {
     // Only if every copy of the other end is closed does reading end.
     ours.set_nonblocking(true).unwrap();
     let mut byte = [0];
-    assert_eq!(io::Read::read(&mut &ours, &mut byte).unwrap(), 0);
+    assert_eq!((&ours).read(&mut byte).unwrap(), 0);
     assert!(matches!(agent.send(&FromAgent::Stopped, &[ours.as_fd()]), Err(ChannelError::Descriptors(1))));
 }
 

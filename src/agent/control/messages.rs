@@ -1,0 +1,294 @@
+//! What launcher and agent tell each other, and the limits that every message keeps to.
+//!
+//! [`ToAgent`] and [`FromAgent`] are the two directions; [`chunks`] cuts a directory of any size into messages.
+
+use std::net::IpAddr;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use zeroize::ZeroizeOnDrop;
+
+use super::MESSAGE_MAX;
+use crate::proto::directory::{Change, Vip};
+use crate::proto::noise::StaticSecret;
+
+/// Room for encoded changes in one [`ToAgent::Changes`]: the rest is the variant and the count.
+const CHUNK_MAX: usize = MESSAGE_MAX - 16;
+
+/// Most endpoints of one VIP that are sent, over all its ports: at most 22 bytes each, so that a VIP fits one message.
+pub const VIP_ENDPOINTS_MAX: usize = 2_048;
+
+/// Most ports of one VIP that are sent; they and the endpoints fit one message together.
+pub const VIP_PORTS_MAX: usize = 1_024;
+
+/// Most own addresses of a workload: Kubernetes gives one per family; a few more cost nothing.
+const ADDRESSES_MAX: usize = 16;
+
+/// Most resolvers: glibc reads three lines, musl too; a dual-stack list doubles them.
+pub(super) const RESOLVERS_MAX: usize = 16;
+
+/// Most counters in one message, and the longest name.
+const COUNTERS_MAX: usize = 512;
+const COUNTER_NAME_MAX: usize = 64;
+
+/// Longest reason of a failure, in bytes.
+pub(super) const REASON_MAX: usize = 4_096;
+
+/// How packets from peers are handed to the pod's stack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Inject {
+    /// TUN where the kernel allows it.
+    #[default]
+    Auto,
+    /// Written to `tenc0`, as super-packets.
+    Tun,
+    /// Through raw sockets on `lo`.
+    Raw,
+}
+
+/// One address of the protected workload and the private key that belongs to it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OwnAddress {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// Its derived static key.
+    pub secret: StaticSecret,
+}
+
+/// The seed of the engine's random numbers; ephemeral keys come from it, so it is a secret.
+#[derive(Clone, ZeroizeOnDrop, Serialize, Deserialize)]
+pub struct Seed(pub [u8; 32]);
+
+impl std::fmt::Debug for Seed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seed(..)")
+    }
+}
+
+/// What an agent must know before it touches anything.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Init {
+    /// The workload's own addresses, at least one.
+    pub addresses: Vec<OwnAddress>,
+    /// UDP port of the tunnel, in the whole key domain.
+    pub port: u16,
+    /// The pod's real link, for example `eth0`.
+    pub interface: String,
+    /// MTU of that link, in bytes.
+    pub link_mtu: u32,
+    /// DNS zone of the project, for example `shop.svc.cluster.local`; without one, nothing is learned from DNS.
+    pub zone: Option<String>,
+    /// Resolvers of the pod's resolv.conf.
+    pub resolvers: Vec<IpAddr>,
+    /// First and last source port of upstream DNS sockets.
+    pub dns_ports: (u16, u16),
+    /// How packets from peers are handed to the pod's stack.
+    pub inject: Inject,
+    /// Seed of the engine's random numbers.
+    pub seed: Seed,
+    /// Rekey after this many seconds instead of the protocol's 120; tests only.
+    pub rekey_after_s: Option<u64>,
+    /// The guard has its netdev egress table too, so elements are added to both tables.
+    pub netdev_guard: bool,
+}
+
+/// From the launcher to the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToAgent {
+    /// First message. Descriptors: the DNS helper's TUN, then its listeners in the order of `resolvers`.
+    Init(Box<Init>),
+    /// A part of the changes that lead to the next generation.
+    Changes(Vec<Change>),
+    /// All changes since the last commit now count, together.
+    Commit {
+        /// Number of this state of the directory, increasing.
+        generation: u64,
+    },
+    /// Tear everything down, answer [`FromAgent::Stopped`], exit.
+    Stop,
+}
+
+/// From the agent to the launcher.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromAgent {
+    /// Everything is in place for this generation. Descriptors: `tenc0`, then the UDP sockets.
+    Ready {
+        /// The generation that was committed when the agent became ready.
+        generation: u64,
+    },
+    /// Bring-up failed; what was made has been removed again.
+    Failed {
+        /// Exit code for the launcher: 2 usage or configuration, 3 the kernel or a privilege refused.
+        exit_code: u8,
+        /// What failed, for a person.
+        reason: String,
+    },
+    /// Everything the agent made is gone.
+    Stopped,
+    /// Counters by name, non-zero ones only.
+    Counters(Vec<(String, u64)>),
+}
+
+/// What the channel asks of a message type; implemented by the two directions only.
+pub trait Message: Serialize + DeserializeOwned {
+    /// Descriptors that a message of this variant may carry at most.
+    fn descriptors_max(&self) -> usize;
+
+    /// Checks limits that the encoding does not express.
+    ///
+    /// # Errors
+    /// The first limit that is broken.
+    fn validate(&self) -> Result<(), &'static str>;
+}
+
+impl Message for ToAgent {
+    fn descriptors_max(&self) -> usize {
+        match self {
+            Self::Init(_) => 1 + RESOLVERS_MAX,
+            Self::Changes(_) | Self::Commit { .. } | Self::Stop => 0,
+        }
+    }
+
+    fn validate(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Init(init) => init.validate(),
+            Self::Changes(_) | Self::Commit { .. } | Self::Stop => Ok(()),
+        }
+    }
+}
+
+impl Init {
+    fn validate(&self) -> Result<(), &'static str> {
+        if self.addresses.is_empty() || self.addresses.len() > ADDRESSES_MAX {
+            return Err("count of own addresses");
+        }
+        if self.port == 0 {
+            return Err("tunnel port 0");
+        }
+        // IFNAMSIZ is 16 with the final zero; the kernel refuses '/', ':' and white space.
+        let bad = |b: u8| b == b'/' || b == b':' || b == 0 || b.is_ascii_whitespace();
+        if self.interface.is_empty() || self.interface.len() > 15 || self.interface.bytes().any(bad) {
+            return Err("interface name");
+        }
+        // IPv4 needs 576 octets of reassembly; 65,535 is the largest IP packet.
+        if !(576..=65_535).contains(&self.link_mtu) {
+            return Err("link MTU");
+        }
+        if let Some(zone) = &self.zone
+            && (zone.is_empty() || zone.len() > 253 || !zone.bytes().all(|b| b.is_ascii_graphic()))
+        {
+            return Err("zone");
+        }
+        if self.resolvers.len() > RESOLVERS_MAX {
+            return Err("count of resolvers");
+        }
+        if self.dns_ports.0 == 0 || self.dns_ports.0 > self.dns_ports.1 {
+            return Err("range of DNS ports");
+        }
+        if self.rekey_after_s.is_some_and(|s| !(1..=120).contains(&s)) {
+            return Err("rekey interval");
+        }
+        Ok(())
+    }
+}
+
+impl Message for FromAgent {
+    fn descriptors_max(&self) -> usize {
+        match self {
+            // tenc0 and one UDP socket per own address.
+            Self::Ready { .. } => 1 + ADDRESSES_MAX,
+            Self::Failed { .. } | Self::Stopped | Self::Counters(_) => 0,
+        }
+    }
+
+    fn validate(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Ready { .. } | Self::Stopped => Ok(()),
+            Self::Failed { exit_code, reason } => {
+                if !(2..=3).contains(exit_code) {
+                    return Err("exit code");
+                }
+                // The reason reaches a terminal: no escape sequences.
+                if reason.len() > REASON_MAX || reason.chars().any(|c| c.is_control() && c != '\n') {
+                    return Err("reason");
+                }
+                Ok(())
+            }
+            Self::Counters(list) => {
+                let bad = |n: &str| {
+                    n.is_empty() || n.len() > COUNTER_NAME_MAX || !n.bytes().all(|b| b.is_ascii_graphic())
+                };
+                if list.len() > COUNTERS_MAX || list.iter().any(|(name, _)| bad(name)) {
+                    return Err("counters");
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl FromAgent {
+    /// A failure whose reason keeps to the channel's limits.
+    #[must_use]
+    pub fn failed(exit_code: u8, reason: &str) -> Self {
+        let mut clean = String::new();
+        for c in reason.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }) {
+            if clean.len() + c.len_utf8() > REASON_MAX {
+                break;
+            }
+            clean.push(c);
+        }
+        Self::Failed { exit_code, reason: clean }
+    }
+}
+
+/// Cuts changes into messages that fit, in order. A VIP with more ports or endpoints than [`VIP_PORTS_MAX`] and
+/// [`VIP_ENDPOINTS_MAX`] is cut to those: ready endpoints first, then in order, so that every agent keeps the same ones.
+#[must_use]
+pub fn chunks(changes: Vec<Change>) -> Vec<ToAgent> {
+    let mut messages = Vec::new();
+    let mut chunk = Vec::new();
+    let mut room = CHUNK_MAX;
+    for mut change in changes {
+        if let Change::SetVip(vip) = &mut change {
+            cut_vip(vip);
+        }
+        let size = encoded_len(&change);
+        if size > room {
+            messages.push(ToAgent::Changes(std::mem::take(&mut chunk)));
+            room = CHUNK_MAX;
+        }
+        room = room.saturating_sub(size);
+        chunk.push(change);
+    }
+    if !chunk.is_empty() {
+        messages.push(ToAgent::Changes(chunk));
+    }
+    messages
+}
+
+fn encoded_len(change: &Change) -> usize {
+    let counter = postcard::ser_flavors::Size::default();
+    postcard::serialize_with_flavor(change, counter).unwrap_or(CHUNK_MAX)
+}
+
+/// Keeps a VIP within one message; see [`chunks`].
+fn cut_vip(vip: &mut Vip) {
+    vip.ports.truncate(VIP_PORTS_MAX);
+    let total: usize = vip.ports.iter().map(|port| port.endpoints.len()).sum();
+    if total <= VIP_ENDPOINTS_MAX {
+        return;
+    }
+    tracing::warn!(
+        endpoints = total,
+        kept = VIP_ENDPOINTS_MAX,
+        "service has more endpoints than one agent is told"
+    );
+    let share = VIP_ENDPOINTS_MAX / vip.ports.len().max(1);
+    for port in &mut vip.ports {
+        // Stable: within ready and unready the sorted order stays.
+        port.endpoints.sort_by_key(|endpoint| !endpoint.ready);
+        port.endpoints.truncate(share);
+        port.endpoints.sort();
+    }
+}

@@ -1,0 +1,258 @@
+//! The channel between launcher and agent: one message per SOCK_SEQPACKET packet, descriptors by SCM_RIGHTS.
+//!
+//! 1. `send` encodes a message (postcard) into at most [`MESSAGE_MAX`] bytes and attaches descriptors
+//! 2. the kernel keeps message boundaries and the descriptors' place
+//! 3. `recv` takes one packet, decodes it completely and checks every length, count and range
+//!
+//! The order of a session: `Init` (with the DNS helper's descriptors), `Changes`… `Commit`, then `Ready` (with `tenc0` and
+//! the UDP sockets) from the agent; later more `Changes`… `Commit`, `Counters` from the agent; `Stop`, then `Stopped`.
+//!
+//! Bytes and descriptors from the other end are hostile input on either side: what does not decode to the last byte,
+//! carries more descriptors than its type may, or breaks a stated limit is an error, never a panic. Descriptors that were
+//! received with a refused message are closed. Buffers are zeroised: they carry keys. May touch: its own socket.
+//! Source: unix(7), cmsg(3), recvmsg(2).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
+};
+use zeroize::Zeroizing;
+
+mod messages;
+#[cfg(test)]
+mod tests;
+
+pub use messages::{
+    FromAgent, Init, Inject, Message, OwnAddress, Seed, ToAgent, VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
+};
+
+/// Largest encoded message, in bytes. Four fit the kernel's default socket buffer.
+pub const MESSAGE_MAX: usize = 64 * 1024;
+
+/// SCM_MAX_FD of the kernel: more never arrive in one packet, so received control data is never cut by our buffer.
+const KERNEL_DESCRIPTORS_MAX: usize = 253;
+
+/// Why a message was not sent or not received.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// socketpair(2) failed.
+    #[error("cannot make the channel")]
+    Pair(#[source] io::Error),
+    /// The descriptor is no SOCK_SEQPACKET socket of the unix family.
+    #[error("the descriptor is no SOCK_SEQPACKET unix socket")]
+    WrongSocket,
+    /// The message does not encode into [`MESSAGE_MAX`] bytes.
+    #[error("message longer than {MESSAGE_MAX} bytes")]
+    TooLong,
+    /// More descriptors than the message may carry.
+    #[error("{0} descriptors with a message that may not carry as many")]
+    Descriptors(usize),
+    /// sendmsg(2) failed.
+    #[error("cannot send")]
+    Send(#[source] io::Error),
+    /// The other end is closed (send side; the receive side reports [`Received::Closed`]).
+    #[error("the other end is closed")]
+    Closed,
+    /// recvmsg(2) failed.
+    #[error("cannot receive")]
+    Receive(#[source] io::Error),
+    /// The packet or its control data was cut off.
+    #[error("received message is truncated")]
+    Truncated,
+    /// The bytes are no message, or more than one.
+    #[error("received bytes are no message")]
+    Undecodable,
+    /// The message breaks a limit.
+    #[error("message breaks a limit: {0}")]
+    Invalid(&'static str),
+}
+
+/// What `recv` found.
+#[derive(Debug)]
+pub enum Received<M> {
+    /// A message and its descriptors (close-on-exec).
+    Message(M, Vec<OwnedFd>),
+    /// The other end is closed and everything it sent was read. Stays so: an epoll loop must deregister the channel.
+    Closed,
+}
+
+/// One end of the channel: sends `Out`, receives `In`.
+#[derive(Debug)]
+pub struct Channel<Out, In> {
+    socket: OwnedFd,
+    direction: PhantomData<(Out, In)>,
+}
+
+/// The launcher's end.
+pub type LauncherChannel = Channel<ToAgent, FromAgent>;
+
+/// The agent's end.
+pub type AgentChannel = Channel<FromAgent, ToAgent>;
+
+impl<Out, In> AsFd for Channel<Out, In> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl<Out, In> std::os::fd::AsRawFd for Channel<Out, In> {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// Makes a connected channel: the launcher's end, and the descriptor of the agent's end.
+///
+/// # Errors
+/// [`ChannelError::Pair`].
+pub fn pair() -> Result<(LauncherChannel, OwnedFd), ChannelError> {
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .map_err(|e| ChannelError::Pair(e.into()))?;
+    Ok((Channel::new(ours)?, theirs))
+}
+
+impl<Out: Message, In: Message> Channel<Out, In> {
+    /// Takes over a socket.
+    ///
+    /// # Errors
+    /// [`ChannelError::WrongSocket`] if it is no SOCK_SEQPACKET unix socket.
+    pub fn new(socket: OwnedFd) -> Result<Self, ChannelError> {
+        let fits = sockopt::socket_domain(&socket).is_ok_and(|d| d == AddressFamily::UNIX)
+            && sockopt::socket_type(&socket).is_ok_and(|t| t == SocketType::SEQPACKET);
+        if !fits {
+            return Err(ChannelError::WrongSocket);
+        }
+        Ok(Self { socket, direction: PhantomData })
+    }
+
+    /// Sends one message; waits while the other end's queue is full.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; [`ChannelError::Closed`] if nobody listens any more.
+    pub fn send(&self, message: &Out, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        self.transmit(message, descriptors, SendFlags::NOSIGNAL).map(|_| ())
+    }
+
+    /// Sends one message without waiting; `false`: the other end's queue is full and nothing was sent.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub fn try_send(&self, message: &Out, descriptors: &[BorrowedFd<'_>]) -> Result<bool, ChannelError> {
+        self.transmit(message, descriptors, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    /// Receives one message; waits for it.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; the packet is consumed.
+    pub fn recv(&self) -> Result<Received<In>, ChannelError> {
+        loop {
+            if let Some(received) = self.receive(RecvFlags::empty())? {
+                return Ok(received);
+            }
+        }
+    }
+
+    /// Receives one message if there is one.
+    ///
+    /// # Errors
+    /// As [`Channel::recv`].
+    pub fn try_recv(&self) -> Result<Option<Received<In>>, ChannelError> {
+        self.receive(RecvFlags::DONTWAIT)
+    }
+
+    fn transmit(
+        &self,
+        message: &Out,
+        fds: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<bool, ChannelError> {
+        let encoded = encode(message, fds.len())?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_DESCRIPTORS_MAX))];
+        loop {
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(ChannelError::Descriptors(fds.len()));
+            }
+            match rustix::net::sendmsg(&self.socket, &[IoSlice::new(&encoded)], &mut control, flags) {
+                Ok(_) => return Ok(true),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::CONNREFUSED | Errno::NOTCONN) => {
+                    return Err(ChannelError::Closed);
+                }
+                Err(e) => return Err(ChannelError::Send(e.into())),
+            }
+        }
+    }
+
+    fn receive(&self, flags: RecvFlags) -> Result<Option<Received<In>>, ChannelError> {
+        // One byte more than a message may have, so that a longer one is seen as such.
+        let mut bytes = Zeroizing::new(vec![0; MESSAGE_MAX + 1]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_DESCRIPTORS_MAX))];
+        let (count, cut, fds) = loop {
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            match rustix::net::recvmsg(
+                &self.socket,
+                &mut parts,
+                &mut control,
+                flags | RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(got) => {
+                    let mut fds = Vec::new();
+                    for message in control.drain() {
+                        if let RecvAncillaryMessage::ScmRights(rights) = message {
+                            fds.extend(rights);
+                        }
+                    }
+                    break (got.bytes, got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC), fds);
+                }
+                // Reset, once: the other end closed with unread messages of ours. Its own last ones are still to be read.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(e) => return Err(ChannelError::Receive(e.into())),
+            }
+        };
+        if cut || count > MESSAGE_MAX {
+            return Err(ChannelError::Truncated);
+        }
+        if count == 0 {
+            // No message encodes to nothing; a peer that sends an empty packet has nothing more to say either.
+            return Ok(Some(Received::Closed));
+        }
+        let message: In = decode(&bytes[..count])?;
+        if fds.len() > message.descriptors_max() {
+            return Err(ChannelError::Descriptors(fds.len()));
+        }
+        Ok(Some(Received::Message(message, fds)))
+    }
+}
+
+fn encode<M: Message>(message: &M, descriptors: usize) -> Result<Zeroizing<Vec<u8>>, ChannelError> {
+    message.validate().map_err(ChannelError::Invalid)?;
+    if descriptors > message.descriptors_max() {
+        return Err(ChannelError::Descriptors(descriptors));
+    }
+    // The buffer never grows: a reallocation would leave a copy of the keys behind.
+    let mut bytes = Zeroizing::new(vec![0; MESSAGE_MAX]);
+    let used = postcard::to_slice(message, &mut bytes).map_err(|_| ChannelError::TooLong)?.len();
+    bytes.truncate(used);
+    Ok(bytes)
+}
+
+fn decode<M: Message>(bytes: &[u8]) -> Result<M, ChannelError> {
+    let (message, rest) = postcard::take_from_bytes::<M>(bytes).map_err(|_| ChannelError::Undecodable)?;
+    if !rest.is_empty() {
+        return Err(ChannelError::Undecodable);
+    }
+    message.validate().map_err(ChannelError::Invalid)?;
+    Ok(message)
+}

@@ -1,0 +1,203 @@
+//! Namespace tests: real kernel objects, real programs, and a leak detector on every pod's link.
+//!
+//! 1. each case names the agents it wants and the values of rp_filter it runs with
+//! 2. cases of one rp_filter value share a lab (`lab`), one after the other; a failure ends the lab
+//! 3. the detector is set to zero before a case; after a case with agents it must still read zero
+//! 4. a case that outlives its limit fails, and its lab is taken down under it
+//!
+//! Needs root; without it every case is reported as ignored with the reason, and fails where CI=true.
+//! TENC_LONG=1 runs the long forms. TENCRYPT is the binary under test, TENCRYPT_FAULT_BIN the test build.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "the lists are the core's, this is a test"
+)]
+#![expect(unreachable_pub, reason = "every module here is part of one test program")]
+
+mod dns;
+mod escape;
+mod hostile;
+mod lab;
+mod lifecycle;
+mod names;
+mod packets;
+mod pod;
+mod reach;
+mod services;
+mod snapshot;
+mod untouched;
+
+use std::any::Any;
+use std::io::Write as _;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use lab::{Agents, Lab, Sweeper};
+
+/// What a case expects of the leak detector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Nothing in clear, and something sealed.
+    Sealed,
+    /// Nothing in clear.
+    NoLeak,
+    /// The case looks itself.
+    Own,
+}
+
+/// One promise to hold.
+pub struct Case {
+    name: &'static str,
+    agents: Agents,
+    expect: Expect,
+    rp_filters: &'static [u8],
+    limit: Duration,
+    run: fn(&Lab),
+}
+
+impl Case {
+    /// A case with the four protected pods, at rp_filter 1 only, 60 s at most.
+    pub const fn new(name: &'static str, run: fn(&Lab)) -> Self {
+        let limit = Duration::from_secs(60);
+        Self { name, agents: Agents::On(""), expect: Expect::NoLeak, rp_filters: &[1], limit, run }
+    }
+
+    /// Also at rp_filter 0 and 2.
+    pub const fn every_rp_filter(self) -> Self {
+        Self { rp_filters: &[0, 1, 2], ..self }
+    }
+
+    /// Something must have gone through the tunnel.
+    pub const fn sealed(self) -> Self {
+        Self { expect: Expect::Sealed, ..self }
+    }
+
+    /// The case reads the leak detector itself.
+    pub const fn looks_itself(self) -> Self {
+        Self { expect: Expect::Own, ..self }
+    }
+
+    /// With other agents.
+    pub const fn agents(self, agents: Agents) -> Self {
+        Self { agents, ..self }
+    }
+
+    /// With another limit.
+    pub const fn seconds(self, seconds: u64) -> Self {
+        Self { limit: Duration::from_secs(seconds), ..self }
+    }
+}
+
+/// The lab that the next case may go on with.
+static CURRENT: Mutex<Option<Arc<Lab>>> = Mutex::new(None);
+
+/// Whether the long forms were asked for.
+pub fn long() -> bool {
+    std::env::var_os("TENC_LONG").is_some_and(|v| v == "1")
+}
+
+/// A line for whoever watches the run.
+pub fn say(line: &str) {
+    // Nobody may be listening any more.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+fn main() -> std::process::ExitCode {
+    let mut args = Arguments::from_args();
+    args.test_threads = Some(1);
+    let mut cases: Vec<(u8, &'static Case)> = Vec::new();
+    for group in
+        [untouched::CASES, escape::CASES, reach::CASES, names::CASES, hostile::CASES, lifecycle::CASES]
+    {
+        cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
+    }
+    // The strictest value first; within a lab, agents change as seldom as they can.
+    let rank = |rp: u8| if rp == 1 { 0 } else { rp + 1 };
+    cases.sort_by_key(|(rp, case)| (rank(*rp), case.agents));
+    let trials = cases
+        .into_iter()
+        .map(|(rp, case)| {
+            Trial::ignorable_test(format!("rp_filter_{rp}::{}", case.name), move || trial(rp, case))
+        })
+        .collect();
+    let sweeper = (!args.list && is_root()).then(Sweeper::start);
+    let conclusion = libtest_mimic::run(&args, trials);
+    drop(take_current());
+    drop(sweeper);
+    conclusion.exit_code()
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+fn take_current() -> Option<Arc<Lab>> {
+    CURRENT.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Ignored with the reason; a failure where everything must run.
+fn cannot(reason: &str) -> Result<Completion, Failed> {
+    if std::env::var_os("CI").is_some_and(|v| v == "true") {
+        return Err(format!("CI=true, and {reason}").into());
+    }
+    Ok(Completion::ignored_with(reason))
+}
+
+fn trial(rp: u8, case: &'static Case) -> Result<Completion, Failed> {
+    if !is_root() {
+        return cannot("it needs root for network namespaces");
+    }
+    if matches!(case.agents, Agents::Fault(_)) && lab::faulty_tencrypt().is_none() {
+        return cannot("TENCRYPT_FAULT_BIN names no test build");
+    }
+    let lab = match take_current().filter(|lab| lab.rp_filter() == rp) {
+        Some(lab) => lab,
+        None => within(Duration::from_secs(90), move || Arc::new(Lab::up(rp)))?,
+    };
+    let shared = Arc::clone(&lab);
+    let outcome = within(case.limit + Duration::from_secs(60), move || {
+        shared.ensure(case.agents);
+        shared.reset_leaks();
+        (case.run)(&shared);
+        if case.expect != Expect::Own {
+            shared.assert_no_leak();
+        }
+        if case.expect == Expect::Sealed {
+            shared.assert_sealed();
+        }
+    });
+    match outcome {
+        Ok(()) => {
+            *CURRENT.lock().unwrap_or_else(PoisonError::into_inner) = Some(lab);
+            Ok(Completion::Completed)
+        }
+        Err(failed) => {
+            let logs = lab.logs();
+            lab.down();
+            Err(format!("{}\n{logs}", failed.message().unwrap_or("failed")).into())
+        }
+    }
+}
+
+/// Runs `f` on a thread of its own; a panic or the end of the time is a failure.
+fn within<T: Send + 'static>(limit: Duration, f: impl FnOnce() -> T + Send + 'static) -> Result<T, Failed> {
+    let (send, receive) = mpsc::channel();
+    let worker = thread::spawn(move || {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
+        // The receiver is gone when the time is over.
+        let _ = send.send(outcome);
+    });
+    let outcome = receive.recv_timeout(limit).map_err(|_| format!("not done within {limit:?}"))?;
+    worker.join().map_err(|panic| message(&*panic))?;
+    outcome.map_err(|panic| message(&*panic).into())
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+        .unwrap_or_else(|| "panicked".to_owned())
+}
