@@ -55,6 +55,7 @@ tables() {
   printf '\n%-22s %9s %9s %9s %9s\n' 'UDP, 1200-byte numbers' KPPS MBIT/S SENT LOST
   printf '%-22s %9s %9s %9s %9s%s\n' 'no-loss rate' "$(kilo "$no_loss")" "$(mbit "$no_loss")" '' 0 "$stream_limit"
   printf '%-22s %9s %9s %9d %9d\n' "half, $rekeys_udp rekeys" "$(kilo "$reached")" "$(mbit "$reached")" "$sent" "$lost"
+  ((lost == 0)) || printf '%-22s %s\n' '' "$lost_at"
 }
 
 mbit() { awk -v n="$1" 'BEGIN { printf "%.0f", n * 1200 * 8 / 1e6 }'; }

@@ -6,6 +6,18 @@
 STREAM_HIGHEST=400000 # datagrams per second where the search starts: beyond what the sender can do
 STREAM_STEPS=10 STREAM_SECONDS=2
 
+# losses CLIENT SERVER: datagrams dropped so far by full queues of the kernel, on this machine:
+# tenc0 of the client (its agent did not get the CPU in time), sockets of the server, the backlog of the CPUs.
+# shellcheck disable=SC2016  # awk's own fields
+losses() {
+  nsenter --net="/run/netns/$TENC_LAB-$1" awk '$1 == "tenc0:" { printf "%d ", $13 }' /proc/net/dev
+  nsenter --net="/run/netns/$TENC_LAB-$2" awk '/^Udp6?: *[0-9]/ || /^Udp6?RcvbufErrors/ { n += /^Udp:/ ? $6 : $2 } END { printf "%d ", n }' \
+    /proc/net/snmp /proc/net/snmp6
+  local drops sum=0
+  while read -r _ drops _; do sum=$((sum + 16#$drops)); done </proc/net/softnet_stat
+  printf '%d\n' $sum
+}
+
 # stream CLIENT SERVER ADDRESS PPS SECONDS: sets sent, received, reached (datagrams per second), lost.
 stream() {
   local client=$1 server=$2 out=$work/sink job tries=200 seconds errors
@@ -52,13 +64,16 @@ search_rate() {
 }
 
 udp_stream() {
-  local before
+  local before tenc0 sockets backlog tenc0_now sockets_now backlog_now
   search_rate
   ((no_loss > 0)) || fail "no rate without loss was found"
   # A session stands before the first datagram: what is measured is the rekey, not the first handshake.
   round_trip rekey >/dev/null
   before=$(rekeys)
+  read -r tenc0 sockets backlog < <(losses shop-web1 shop-client2)
   note "UDP stream at half of $(kilo "$no_loss") kpps over $REKEYS rekeys ..."
   stream shop-web1 shop-client2 "$REKEY_VIP4" $((no_loss / 2)) $((REKEYS * REKEY_AFTER + 4))
   rekeys_udp=$(($(rekeys) - before))
+  read -r tenc0_now sockets_now backlog_now < <(losses shop-web1 shop-client2)
+  lost_at="full queues: tenc0 $((tenc0_now - tenc0)), sockets $((sockets_now - sockets)), CPU backlog $((backlog_now - backlog))"
 }
