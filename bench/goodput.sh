@@ -122,16 +122,18 @@ for part in setup stream report; do
   . "$here/lib/$part.sh"
 done
 
-# ---- the rows: client pod, address of the server, port of iperf3 and of the round trips
+# ---- the rows: client and server pod, address of the server, ports of iperf3, round trips and the UDP stream
 
 ROWS=(plain wg)
 ((!with_tencrypt)) || ROWS+=(tenc tenc6 rekey)
 declare -A TITLE=([plain]='plain' [wg]='wireguard-go' [tenc]='Tencrypt' [tenc6]='Tencrypt, IPv6'
   [rekey]="Tencrypt, rekey ${REKEY_AFTER}s")
 declare -A CLIENT=([plain]=bank-client [wg]=bank-client [tenc]=shop-client [tenc6]=shop-client [rekey]=shop-web1)
+declare -A SERVER=([plain]=bank-server [wg]=bank-server [tenc]=shop-web2 [tenc6]=shop-web2 [rekey]=shop-client2)
 declare -A ADDRESS PORT=([plain]=5301 [wg]=5301 [tenc]=5201 [tenc6]=5201 [rekey]=5201)
 declare -A PONG=([plain]=7301 [wg]=7301 [tenc]=5202 [tenc6]=5202 [rekey]=5202)
-declare -A TUNNEL=([plain]='') GOODPUT=() COST=() P50=() P99=()
+declare -A STREAM=([plain]=7302 [wg]=7302 [tenc]=5203 [tenc6]=5203 [rekey]=5203)
+declare -A TUNNEL=([plain]='') GOODPUT=() COST=() P50=() P99=() NO_LOSS=() NO_LOSS_LIMIT=()
 
 # goodput ROW: one iperf3 run; sets gbits (0 when it fails) and cost (CPU seconds of the tunnel's processes per GB).
 goodput() {

@@ -52,8 +52,11 @@ tables() {
     printf ' %9.1f\n' "$(middle "${values[@]}")"
   done
   ((with_tencrypt)) || return 0
-  printf '\n%-22s %9s %9s %9s %9s\n' 'UDP, 1200-byte numbers' KPPS MBIT/S SENT LOST
-  printf '%-22s %9s %9s %9s %9s%s\n' 'no-loss rate' "$(kilo "$no_loss")" "$(mbit "$no_loss")" '' 0 "$stream_limit"
+  printf '\n%-22s %9s %9s %9s %9s\n' 'UDP, 1200 bytes each' KPPS MBIT/S SENT LOST
+  for row in plain wg tenc; do
+    printf '%-22s %9s %9s %9s %9d%s\n' "${TITLE[$row]}: no loss" "$(kilo "${NO_LOSS[$row]}")" "$(mbit "${NO_LOSS[$row]}")" \
+      - 0 "${NO_LOSS_LIMIT[$row]:+   (${NO_LOSS_LIMIT[$row]})}"
+  done
   printf '%-22s %9s %9s %9d %9d\n' "half, $rekeys_udp rekeys" "$(kilo "$reached")" "$(mbit "$reached")" "$sent" "$lost"
   ((lost == 0)) || printf '%-22s %s\n' '' "$lost_at"
 }

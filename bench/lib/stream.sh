@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The numbered UDP stream: the rate that Tencrypt carries without loss, then half of it over rekeys.
+# The numbered UDP stream: the rates that are carried without loss, then half of Tencrypt's over rekeys.
 # Sourced by goodput.sh.
 # shellcheck disable=SC2034,SC2154  # variables shared with goodput.sh
 
@@ -18,18 +18,19 @@ losses() {
   printf '%d\n' $sum
 }
 
-# stream CLIENT SERVER ADDRESS PPS SECONDS: sets sent, received, reached (datagrams per second), lost.
+# stream ROW PPS SECONDS: sets sent, received, reached (datagrams per second), lost.
 stream() {
-  local client=$1 server=$2 out=$work/sink job tries=200 seconds errors
+  local row=$1 out=$work/sink job tries=200 seconds errors
   : >"$out"
-  "$lab_sh" exec "$server" -- "$PYTHON" -I "$here/probe.py" sink 7302 </dev/null >"$out" 2>>"$work/log" &
+  "$lab_sh" exec "${SERVER[$row]}" -- "$PYTHON" -I "$here/probe.py" sink 7302 </dev/null >"$out" 2>>"$work/log" &
   job=$!
   pids+=("$job")
   until grep -q '^ready' "$out"; do
     ((tries-- > 0)) || fail "the sink of the UDP stream did not start"
     sleep 0.05
   done
-  read -r _ sent _ seconds _ errors < <(probe "$client" stream "$3" 5203 "$4" "$5") || fail "the UDP stream did not run"
+  read -r _ sent _ seconds _ errors \
+    < <(probe "${CLIENT[$row]}" stream "${ADDRESS[$row]}" "${STREAM[$row]}" "$2" "$3") || fail "the UDP stream did not run"
   wait "$job" || fail "the sink of the UDP stream failed"
   unset 'pids[-1]'
   received=$(awk '$1 == "received" { print $2 }' "$out")
@@ -40,40 +41,40 @@ stream() {
 
 kilo() { awk -v n="$1" 'BEGIN { printf "%.1f", n / 1000 }'; }
 
-# The highest rate without a loss, to 5 %. A rate counts as lossy when two runs in a row lose.
+# search_rate ROW: the highest rate without a loss, to 5 %; a rate counts as lossy when two runs in a row lose.
 search_rate() {
-  local low=0 high=$STREAM_HIGHEST step pps try
-  stream_limit=''
+  local row=$1 low=0 high=$STREAM_HIGHEST step pps try limit=''
   for ((step = 0; step < STREAM_STEPS && (high - low) * 20 > high; step++)); do
     pps=$(((low + high) / 2))
     for try in 1 2; do
-      stream shop-client shop-web2 "$SPEED_VIP4" $pps $STREAM_SECONDS
-      note "UDP stream, $(kilo "$reached") kpps: lost $lost of $sent"
+      stream "$row" $pps $STREAM_SECONDS
+      note "UDP stream, ${TITLE[$row]}, $(kilo "$reached") kpps: lost $lost of $sent"
       if ((lost == 0)); then break; fi
     done
     if ((lost > 0)); then
-      high=$((reached < pps ? reached : pps)) stream_limit=''
+      high=$((reached < pps ? reached : pps)) limit=''
     else
       low=$reached
       # The sender cannot do more than this.
-      if ((reached * 100 < pps * 97)); then high=$reached stream_limit=' (all the sender can do)'; fi
+      if ((reached * 100 < pps * 97)); then high=$reached limit='all that the sender can do'; fi
     fi
     ((low < high)) || break
   done
-  no_loss=$low
+  NO_LOSS["$row"]=$low NO_LOSS_LIMIT["$row"]=$limit
 }
 
 udp_stream() {
-  local before tenc0 sockets backlog tenc0_now sockets_now backlog_now
-  search_rate
-  ((no_loss > 0)) || fail "no rate without loss was found"
+  local row half before tenc0 sockets backlog tenc0_now sockets_now backlog_now
+  for row in plain wg tenc; do search_rate $row; done
+  [[ ${NO_LOSS[tenc]} != 0 ]] || fail "no rate without loss was found"
   # A session stands before the first datagram: what is measured is the rekey, not the first handshake.
   round_trip rekey >/dev/null
   before=$(rekeys)
-  read -r tenc0 sockets backlog < <(losses shop-web1 shop-client2)
-  note "UDP stream at half of $(kilo "$no_loss") kpps over $REKEYS rekeys ..."
-  stream shop-web1 shop-client2 "$REKEY_VIP4" $((no_loss / 2)) $((REKEYS * REKEY_AFTER + 4))
+  read -r tenc0 sockets backlog < <(losses "${CLIENT[rekey]}" "${SERVER[rekey]}")
+  note "UDP stream at half of $(kilo "${NO_LOSS[tenc]}") kpps over $REKEYS rekeys ..."
+  half=$(awk -v n="${NO_LOSS[tenc]}" 'BEGIN { printf "%d", n / 2 }')
+  stream rekey "$half" $((REKEYS * REKEY_AFTER + 4))
   rekeys_udp=$(($(rekeys) - before))
-  read -r tenc0_now sockets_now backlog_now < <(losses shop-web1 shop-client2)
+  read -r tenc0_now sockets_now backlog_now < <(losses "${CLIENT[rekey]}" "${SERVER[rekey]}")
   lost_at="full queues: tenc0 $((tenc0_now - tenc0)), sockets $((sockets_now - sockets)), CPU backlog $((backlog_now - backlog))"
 }
