@@ -1,0 +1,177 @@
+"""Probes of the benchmark: round trips over TCP, and a numbered UDP stream.
+
+    probe.py pong PORT                  TCP, dual stack: each request goes back as its answer
+    probe.py ping ADDRESS PORT COUNT    one connection, 64-byte requests; prints p50 and p99 in us
+    probe.py sink PORT                  UDP, dual stack: counts one stream; prints `ready`, then
+                                        `received N duplicate D reordered R`
+    probe.py stream ADDRESS PORT PPS SECONDS
+                                        sends that stream, 1200 bytes each; prints `sent N seconds S errors E`
+
+A datagram of the stream starts with its number, from 0; the number END closes the stream.
+"""
+
+import ctypes
+import gc
+import os
+import socket
+import struct
+import sys
+import time
+
+REQUEST = 64
+WARM_UP = 200
+PAYLOAD = 1200
+NUMBER = struct.Struct("!Q")
+END = (1 << 64) - 1
+# A stream that falls silent without an END is over after this many seconds.
+SILENCE = 5.0
+# Datagrams sent in one go at most: a sender that was not scheduled for a while does not catch up in one
+# burst, which no queue on the path is made for.
+BURST = 64
+# Room for the receiver's own scheduling delays, so that a loss is the path's. Not in Python's socket module.
+SO_RCVBUFFORCE = 33
+RECEIVE_BUFFER = 32 << 20
+# prctl: timers as exact as the kernel can (the default slack of 50 us is half a tick of the pacing).
+PR_SET_TIMERSLACK = 29
+TICK = 0.0002
+
+
+def dual_stack(kind, port):
+    sock = socket.socket(socket.AF_INET6, kind)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("::", port))
+    return sock
+
+
+def read_exactly(sock, buffer):
+    """Fills the buffer; false at the end of the connection."""
+    view = memoryview(buffer)
+    while view:
+        n = sock.recv_into(view)
+        if n == 0:
+            return False
+        view = view[n:]
+    return True
+
+
+def pong(port):
+    listener = dual_stack(socket.SOCK_STREAM, port)
+    listener.listen(16)
+    buffer = bytearray(REQUEST)
+    while True:
+        sock, _ = listener.accept()
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while read_exactly(sock, buffer):
+                sock.sendall(buffer)
+        except OSError:
+            # A client that went away is no news.
+            pass
+        finally:
+            sock.close()
+
+
+def ping(address, port, count):
+    sock = socket.create_connection((address, port), timeout=10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    buffer = bytearray(REQUEST)
+    times = []
+    for _ in range(WARM_UP + count):
+        began = time.perf_counter_ns()
+        sock.sendall(buffer)
+        if not read_exactly(sock, buffer):
+            sys.exit("probe.py: the connection ended")
+        times.append(time.perf_counter_ns() - began)
+    times = sorted(times[WARM_UP:])
+    print(f"{times[count // 2] / 1000:.1f} {times[count * 99 // 100] / 1000:.1f}")
+
+
+def sink(port):
+    sock = dual_stack(socket.SOCK_DGRAM, port)
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+    print("ready", flush=True)
+    seen = bytearray()
+    received = duplicate = reordered = highest = 0
+    buffer = bytearray(2048)
+    recv_into, unpack_from = sock.recv_into, NUMBER.unpack_from
+    sock.settimeout(60)
+    try:
+        while True:
+            recv_into(buffer)
+            (number,) = unpack_from(buffer)
+            if number == END:
+                break
+            if number >= len(seen):
+                if not seen:
+                    sock.settimeout(SILENCE)
+                seen.extend(bytes(number + (1 << 20) - len(seen)))
+            if seen[number]:
+                duplicate += 1
+                continue
+            seen[number] = 1
+            received += 1
+            if number < highest:
+                reordered += 1
+            else:
+                highest = number
+    except TimeoutError:
+        pass
+    print(f"received {received} duplicate {duplicate} reordered {reordered}")
+
+
+def stream(address, port, pps, seconds):
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.connect((address, port))
+    total = int(pps * seconds)
+    buffer = bytearray(NUMBER.size) + os.urandom(PAYLOAD - NUMBER.size)
+    pack_into, send, clock = NUMBER.pack_into, sock.send, time.perf_counter
+    sent = errors = 0
+    began = clock()
+    # The stream ends in time also when the sender cannot keep up; what counts is what was sent.
+    while sent < total:
+        elapsed = clock() - began
+        if elapsed > seconds:
+            break
+        due = min(total, int(elapsed * pps) + 1)
+        until = min(due, sent + BURST)
+        while sent < until:
+            pack_into(buffer, 0, sent)
+            try:
+                send(buffer)
+            except OSError:
+                errors += 1
+            sent += 1
+        time.sleep(TICK)
+    elapsed = clock() - began
+    # What is still under way arrives before the END.
+    for _ in range(5):
+        time.sleep(0.1)
+        pack_into(buffer, 0, END)
+        try:
+            send(buffer)
+        except OSError:
+            # The sink heard an earlier one and has gone.
+            break
+    print(f"sent {sent} seconds {elapsed:.3f} errors {errors}")
+
+
+def main():
+    gc.disable()
+    command, *args = sys.argv[1:] or [""]
+    if command == "pong" and len(args) == 1:
+        pong(int(args[0]))
+    elif command == "ping" and len(args) == 3:
+        ping(args[0], int(args[1]), int(args[2]))
+    elif command == "sink" and len(args) == 1:
+        sink(int(args[0]))
+    elif command == "stream" and len(args) == 4:
+        stream(args[0], int(args[1]), float(args[2]), float(args[3]))
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
