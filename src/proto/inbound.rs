@@ -174,7 +174,10 @@ impl Engine {
                 Ok(change_of(&flow.tuple, wire))
             }
             None => {
-                self.flows.insert(*wire, peer, Kind::Direct, now)?.touch(Direction::Inbound, flags, now);
+                // A full table is no reason to stop what needs no entry to be carried.
+                if let Ok(flow) = self.flows.insert(*wire, peer, Kind::Direct, now) {
+                    flow.touch(Direction::Inbound, flags, now);
+                }
                 Ok(UNCHANGED)
             }
         }

@@ -18,12 +18,17 @@ use foldhash::quality::FixedState;
 
 use super::Now;
 use super::drop::DropReason;
-use crate::wire::packet::{TCP_FIN, TCP_RST};
+use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
 /// Most flows per agent; about 128 bytes each.
 pub const MAX_FLOWS: usize = 65_536;
 /// Slots looked at per sweep, so that a sweep stays below a millisecond.
 const SWEEP: usize = 4096;
+
+/// Slots looked at to make room in a full table.
+const EVICT: usize = 256;
+/// Source ports tried for a flow that would become equal to another.
+const PORTS_TRIED: u16 = 512;
 
 const UDP_UNREPLIED: Duration = Duration::from_secs(60);
 const UDP_STREAM: Duration = Duration::from_secs(180);
@@ -107,9 +112,12 @@ pub enum Direction {
 }
 
 impl Flow {
-    /// Notes a packet and, for TCP, its flags.
+    /// Notes a packet and, for TCP, its flags. A SYN alone opens a new connection on the same ports.
     pub fn touch(&mut self, direction: Direction, tcp_flags: u8, now: Now) {
         self.last_seen = now.instant;
+        if tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN {
+            self.seen = 0;
+        }
         let (seen, fin) = match direction {
             Direction::Outbound => (SEEN_OUT, FIN_OUT),
             Direction::Inbound => (SEEN_IN, FIN_IN),
@@ -123,21 +131,25 @@ impl Flow {
         }
     }
 
-    /// A new connection reuses the 5-tuple.
-    pub fn restart(&mut self, now: Now) {
-        self.seen = 0;
-        self.last_seen = now.instant;
-    }
-
     /// Whether packets were seen in both directions.
     fn is_replied(&self) -> bool {
-        self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
+        // Both sides of a hairpin are the pod: its packets only ever come from there.
+        matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. })
+            || self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
+    }
+
+    /// Whether little is lost with it: nobody answered, or both sides are done.
+    fn is_idle(&self) -> bool {
+        !self.is_replied() || self.seen & RESET != 0 || self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN
     }
 
     fn life(&self) -> Duration {
         match (self.tuple.protocol, self.is_replied()) {
             (6, _) if self.seen & RESET != 0 => TCP_RESET,
-            (6, _) if self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN => TCP_CLOSED,
+            // Nothing is rewritten in a direct flow, so a late packet finds its way without an entry too.
+            (6, _) if self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN => {
+                if self.kind == Kind::Direct { TCP_RESET } else { TCP_CLOSED }
+            }
             (6, false) => TCP_UNREPLIED,
             (6, true) => TCP_OPEN,
             (_, false) => UDP_UNREPLIED,
@@ -253,7 +265,7 @@ impl Flows {
             return Some(wanted);
         }
         let start = wanted.remote.1;
-        (1..u16::MAX)
+        (1..=PORTS_TRIED)
             .map(|step| Tuple { remote: (wanted.remote.0, start.wrapping_add(step).max(1024)), ..wanted })
             .find(|tuple| !self.by_tuple.contains_key(tuple))
     }
@@ -268,13 +280,25 @@ impl Flows {
                 self.slots.push(None);
                 u32::try_from(self.slots.len() - 1).expect("MAX_FLOWS fits u32")
             }
-            None => return Err(DropReason::FlowTableFull),
+            None => self.evict().ok_or(DropReason::FlowTableFull)?,
         };
         self.by_tuple.insert(flow.tuple, slot);
         if let Some(wire) = wire {
             self.by_wire.insert(wire, slot);
         }
         Ok(self.slots[slot as usize].insert(flow))
+    }
+
+    /// Makes room in a full table: the first flow that is idle, among a bounded number.
+    fn evict(&mut self) -> Option<u32> {
+        for _ in 0..EVICT {
+            self.cursor = (self.cursor + 1) % self.slots.len();
+            if self.slots[self.cursor].as_ref().is_some_and(Flow::is_idle) {
+                self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
+                return self.free.pop();
+            }
+        }
+        None
     }
 
     fn remove(&mut self, slot: u32) {
@@ -343,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_refuses_new_flows_and_sweeping_makes_room() {
+    fn a_full_table_gives_up_flows_that_nobody_answered_and_refuses_where_there_are_none() {
         let mut flows = Flows::new(1);
         let tuple = |n: usize| Tuple {
             protocol: 17,
@@ -351,17 +375,22 @@ mod tests {
             remote: (VIP, u16::try_from(n / 60_000).unwrap()),
         };
         for n in 0..MAX_FLOWS {
-            flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
+            let flow = flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
+            flow.touch(Direction::Outbound, 0, now(0));
+            flow.touch(Direction::Inbound, 0, now(0));
         }
         assert_eq!(
             flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(0)).unwrap_err(),
             DropReason::FlowTableFull
         );
         for _ in 0..MAX_FLOWS / SWEEP {
-            flows.sweep(now(61));
+            flows.sweep(now(181));
         }
         assert!(flows.is_empty() && flows.by_wire.is_empty());
-        flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(61)).unwrap();
+        for n in 0..2 * MAX_FLOWS {
+            flows.insert(tuple(n), CLIENT, Kind::Client, now(200)).unwrap();
+        }
+        assert_eq!(flows.len(), MAX_FLOWS);
     }
 
     #[test]
@@ -375,5 +404,26 @@ mod tests {
         flows.get(&tuple).unwrap().touch(Direction::Outbound, TCP_FIN, now(7200));
         flows.sweep(now(7261));
         assert!(flows.get(&tuple).is_none() && flows.get_by_wire(&wire((VIP, 80), 4000)).is_none());
+    }
+
+    #[test]
+    fn a_port_used_again_starts_a_new_life() {
+        let mut flows = Flows::new(1);
+        let flow = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap();
+        let tuple = flow.tuple;
+        flow.touch(Direction::Inbound, TCP_RST, now(1));
+        flow.touch(Direction::Inbound, TCP_SYN, now(2));
+        flow.touch(Direction::Outbound, TCP_SYN | TCP_ACK, now(2));
+        flows.sweep(now(3600));
+        assert!(flows.get(&tuple).is_some());
+    }
+
+    #[test]
+    fn an_idle_hairpin_lives_as_long_as_any_open_connection() {
+        let mut flows = Flows::new(1);
+        let out = Tuple { protocol: 6, local: (OWN.0, 4000), remote: (VIP, 80) };
+        flows.insert_hairpin(out, OWN, now(0)).unwrap().touch(Direction::Outbound, TCP_SYN, now(0));
+        flows.sweep(now(7200));
+        assert_eq!(flows.len(), 2);
     }
 }

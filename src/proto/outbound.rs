@@ -26,6 +26,7 @@ use crate::wire::tcp_reset::tcp_reset;
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
 const DNS_PORT: u16 = 53;
+const UDP_HEADER: usize = 8;
 
 /// Where a captured packet goes.
 #[derive(Clone, Copy, Debug)]
@@ -103,10 +104,12 @@ impl Engine {
         if self.dns.is_resolver(packet.destination) && !ours {
             match (packet.protocol, packet.ports(bytes)) {
                 (protocol::TCP, Some((_, DNS_PORT))) => return Ok(Captured::DnsStream),
-                (protocol::UDP, Some((source, DNS_PORT))) => {
+                (protocol::UDP, Some((source, DNS_PORT))) if vnet.gso == Gso::None => {
                     self.capture_query(bytes, &packet, source, now)?;
                     return Ok(Captured::Done);
                 }
+                // Several queries in one send with UDP_SEGMENT.
+                (protocol::UDP, Some((_, DNS_PORT))) => return Err(DropReason::DnsMalformed),
                 _ => {}
             }
         }
@@ -194,9 +197,6 @@ impl Engine {
         if let Some(flow) = self.flows.get(tuple) {
             let stale = !self.peers.contains(flow.peer) && !self.own.contains(&flow.peer);
             if !stale {
-                if opens && matches!(flow.kind, Kind::Client | Kind::Direct) {
-                    flow.restart(now);
-                }
                 flow.touch(Direction::Outbound, flags, now);
                 return Ok(route_of(flow.kind, flow.peer, tuple));
             }
@@ -211,8 +211,10 @@ impl Engine {
     fn open_flow(&mut self, tuple: &Tuple, flags: u8, now: Now) -> Result<Route, DropReason> {
         let (destination, port) = tuple.remote;
         if self.peers.contains(destination) {
-            let flow = self.flows.insert(*tuple, destination, Kind::Direct, now)?;
-            flow.touch(Direction::Outbound, flags, now);
+            // A full table is no reason to stop what needs no entry to be carried.
+            if let Ok(flow) = self.flows.insert(*tuple, destination, Kind::Direct, now) {
+                flow.touch(Direction::Outbound, flags, now);
+            }
             return Ok(Route::Peer(destination, UNCHANGED));
         }
         let Some(vip) = self.directory.vip(destination) else { return Ok(Route::Unknown) };

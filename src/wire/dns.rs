@@ -20,6 +20,9 @@ const TYPE_SRV: u16 = 33;
 const TYPE_SVCB: u16 = 64;
 const TYPE_HTTPS: u16 = 65;
 const CLASS_IN: u16 = 1;
+/// Labels and compression pointers followed in one message. Real answers need hundreds; a message of pointers to pointers
+/// would cost the engine's thread a tenth of a second.
+const STEPS: usize = 16_384;
 const PARAM_IPV4HINT: u16 = 4;
 const PARAM_IPV6HINT: u16 = 6;
 
@@ -66,8 +69,9 @@ fn question_section(message: &[u8]) -> Option<&[u8]> {
     decoder.read_slice(4).ok()?;
     let count = read_u16(&mut decoder)?;
     decoder.read_slice(6).ok()?;
+    let mut steps = STEPS;
     for _ in 0..count {
-        Name::read(&mut decoder).ok()?;
+        read_name(message, &mut decoder, &mut steps)?;
         decoder.read_slice(4).ok()?;
     }
     message.get(HEADER_LEN..decoder.index())
@@ -90,6 +94,7 @@ pub struct Unparsed {
 struct Record<'a> {
     owner: Name,
     kind: u16,
+    class: u16,
     ttl: u32,
     data: &'a [u8],
     data_at: usize,
@@ -107,6 +112,7 @@ pub fn lesson(message: &[u8], zone: &Name) -> Result<Lesson, Unparsed> {
 
 fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson> {
     let mut decoder = BinDecoder::new(message);
+    let mut steps = STEPS;
     read_u16(&mut decoder)?;
     let flags = read_u16(&mut decoder)?;
     let [questions, answers, authorities, additionals] = [(); 4].map(|()| read_u16(&mut decoder));
@@ -116,47 +122,54 @@ fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson
     }
     let mut asked = Vec::new();
     for _ in 0..questions? {
-        let name = Name::read(&mut decoder).ok()?;
+        let name = read_name(message, &mut decoder, &mut steps)?;
         *in_zone |= zone.zone_of(&name);
         decoder.read_slice(4).ok()?;
         asked.push(name);
     }
-    let answer = read_records(&mut decoder, answers?)?;
-    read_records(&mut decoder, authorities?)?;
-    let additional = read_records(&mut decoder, additionals?)?;
+    let mut section = |count: Option<u16>| {
+        let mut records = Vec::new();
+        for _ in 0..count? {
+            let record = read_record(message, &mut decoder, &mut steps)?;
+            // An answer from outside that leads into the zone counts as one about the zone.
+            *in_zone |= zone.zone_of(&record.owner);
+            if record.class == CLASS_IN {
+                records.push(record);
+            }
+        }
+        Some(records)
+    };
+    let answer = section(answers)?;
+    section(authorities)?;
+    let additional = section(additionals)?;
     if !decoder.is_empty() {
         return None;
     }
-    collect(message, zone, asked, &answer, &additional)
+    collect(message, zone, &asked, &answer, &additional, &mut steps)
 }
 
-fn read_records<'a>(decoder: &mut BinDecoder<'a>, count: u16) -> Option<Vec<Record<'a>>> {
-    let mut records = Vec::new();
-    for _ in 0..count {
-        let owner = Name::read(decoder).ok()?;
-        let kind = read_u16(decoder)?;
-        let class = read_u16(decoder)?;
-        let ttl = decoder.read_u32().ok()?.unverified();
-        let length = read_u16(decoder)?;
-        let data_at = decoder.index();
-        let data = decoder.read_slice(usize::from(length)).ok()?.unverified();
-        if class == CLASS_IN {
-            records.push(Record { owner: owner.to_lowercase(), kind, ttl, data, data_at });
-        }
-    }
-    Some(records)
+fn read_record<'a>(message: &[u8], decoder: &mut BinDecoder<'a>, steps: &mut usize) -> Option<Record<'a>> {
+    let owner = read_name(message, decoder, steps)?.to_lowercase();
+    let kind = read_u16(decoder)?;
+    let class = read_u16(decoder)?;
+    let ttl = decoder.read_u32().ok()?.unverified();
+    let length = read_u16(decoder)?;
+    let data_at = decoder.index();
+    let data = decoder.read_slice(usize::from(length)).ok()?.unverified();
+    Some(Record { owner, kind, class, ttl, data, data_at })
 }
 
 fn collect(
     message: &[u8],
     zone: &Name,
-    asked: Vec<Name>,
+    asked: &[Name],
     answer: &[Record<'_>],
     additional: &[Record<'_>],
+    steps: &mut usize,
 ) -> Option<Lesson> {
     let mut aliases: BTreeMap<&Name, Vec<Name>> = BTreeMap::new();
     for record in answer.iter().filter(|r| r.kind == TYPE_CNAME) {
-        aliases.entry(&record.owner).or_default().push(name_at(message, record, 0)?.0);
+        aliases.entry(&record.owner).or_default().push(name_at(message, record, 0, steps)?.0);
     }
     let mut reached = BTreeSet::new();
     let mut queue: Vec<Name> = asked.iter().map(Name::to_lowercase).collect();
@@ -171,9 +184,9 @@ fn collect(
     for record in answer.iter().filter(|r| reached.contains(&r.owner)) {
         match record.kind {
             TYPE_A | TYPE_AAAA => learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]),
-            TYPE_SRV => drop(targets.insert(name_at(message, record, 6)?.0)),
+            TYPE_SRV => drop(targets.insert(name_at(message, record, 6, steps)?.0)),
             TYPE_SVCB | TYPE_HTTPS => {
-                let (target, end) = name_at(message, record, 2)?;
+                let (target, end) = name_at(message, record, 2, steps)?;
                 let target = if target.is_root() { record.owner.clone() } else { target };
                 learn(&mut lesson, zone, &target, record.ttl, &hints(record.data.get(end..)?)?);
                 targets.insert(target);
@@ -207,14 +220,38 @@ fn address(record: &Record<'_>) -> Option<IpAddr> {
 }
 
 /// The name at `offset` inside the record's data, in lower case, and the offset behind it.
-fn name_at(message: &[u8], record: &Record<'_>, offset: usize) -> Option<(Name, usize)> {
-    let end = record.data_at + record.data.len();
-    let at = u16::try_from(record.data_at + offset).ok()?;
+fn name_at(message: &[u8], record: &Record<'_>, offset: usize, steps: &mut usize) -> Option<(Name, usize)> {
+    if offset >= record.data.len() {
+        return None;
+    }
     // Cut behind the record, so that the name cannot run out of it; compression pointers lead backwards only.
-    let whole = BinDecoder::new(message.get(..end)?);
-    let mut decoder = whole.clone(at);
-    let name = Name::read(&mut decoder).ok()?;
+    let whole = message.get(..record.data_at + record.data.len())?;
+    let at = u16::try_from(record.data_at + offset).ok()?;
+    let mut decoder = BinDecoder::new(whole).clone(at);
+    let name = read_name(whole, &mut decoder, steps)?;
     Some((name.to_lowercase(), decoder.index().checked_sub(record.data_at)?))
+}
+
+/// Reads a name, and takes the labels and pointers on its way off `steps`.
+fn read_name(message: &[u8], decoder: &mut BinDecoder<'_>, steps: &mut usize) -> Option<Name> {
+    let mut at = decoder.index();
+    loop {
+        *steps = steps.checked_sub(1)?;
+        let length = usize::from(*message.get(at)?);
+        match length {
+            0 => break,
+            0xc0.. => {
+                let target = (length & 0x3f) << 8 | usize::from(*message.get(at + 1)?);
+                // Backwards only, as the decoder demands it: the walk ends.
+                if target >= at {
+                    return None;
+                }
+                at = target;
+            }
+            _ => at += 1 + length,
+        }
+    }
+    Name::read(decoder).ok()
 }
 
 /// The address hints among SVCB parameters.
@@ -369,6 +406,52 @@ mod tests {
             .map(|i| record(&format!("c{i}"), 5, &name(&format!("c{}", (i + 1) % 1500))))
             .collect();
         assert!(learned(&message("c0", &chain, &[])).is_empty());
+    }
+
+    #[test]
+    fn record_data_of_every_short_length_is_unparsed_and_panics_nowhere() {
+        for kind in [1, 5, 28, 33, 64, 65] {
+            for len in 0..9 {
+                for owner in ["web.shop.svc.cluster.local", "a.attacker.example"] {
+                    let _ = lesson(&message(owner, &[record(owner, kind, &vec![0xff; len])], &[]), &zone());
+                    let _ = lesson(&message(owner, &[record(owner, kind, &vec![0; len])], &[]), &zone());
+                }
+            }
+        }
+        let srv = message("a.attacker.example", &[record("a.attacker.example", 33, &[])], &[]);
+        assert_eq!(lesson(&srv, &zone()), Err(Unparsed { in_zone: false }));
+    }
+
+    #[test]
+    fn a_message_of_pointers_to_pointers_is_given_up() {
+        let mut m = message("web.shop.svc.cluster.local", &[], &[]);
+        // An opaque record full of pointers, each to the one before it, and records whose owner is the last.
+        let chain_at = m.len() + 11;
+        let mut chain = vec![0, 0];
+        for n in 0..4000usize {
+            let target = if n == 0 { chain_at } else { chain_at + 2 * n };
+            chain.extend(u16::try_from(0xc000 | target).unwrap().to_be_bytes());
+        }
+        let last = u16::try_from(0xc000 | (chain_at + chain.len() - 2)).unwrap();
+        m.extend(record("", 99, &chain));
+        for _ in 0..2000 {
+            m.extend(last.to_be_bytes());
+            m.extend([0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 10, 96, 0, 1]);
+        }
+        m[6..8].copy_from_slice(&2001u16.to_be_bytes());
+        assert_eq!(lesson(&m, &zone()), Err(Unparsed { in_zone: true }));
+    }
+
+    #[test]
+    fn an_answer_from_outside_that_leads_into_the_zone_and_does_not_parse_counts_as_one_about_the_zone() {
+        let target = name("web.shop.svc.cluster.local");
+        let mut m = message(
+            "www.example.test",
+            &[record("www.example.test", 5, &target), record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[],
+        );
+        m.push(0);
+        assert_eq!(lesson(&m, &zone()), Err(Unparsed { in_zone: true }));
     }
 
     #[test]
