@@ -102,13 +102,16 @@ pub fn launch(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure
 
 /// Without these nothing would work; said early and once.
 fn check_privileges() -> Result<(), Failure> {
-    let needed = CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
+    let needed =
+        CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW | CapabilitySet::SYS_ADMIN | CapabilitySet::SETPCAP;
     let effective =
         capabilities(None).context("cannot read the capabilities").map_err(Failure::kernel)?.effective;
     if effective.contains(needed) {
         return Ok(());
     }
-    Err(Failure::kernel(anyhow!("needs CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root")))
+    Err(Failure::kernel(anyhow!(
+        "needs CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN and CAP_SETPCAP: run as root"
+    )))
 }
 
 /// SIGTERM and SIGINT.
