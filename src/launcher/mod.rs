@@ -252,7 +252,6 @@ async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> R
             Event::Message(FromAgent::Failed { exit_code, reason }) => {
                 return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
             }
-            Event::Message(FromAgent::Counters(_)) => {}
             Event::Message(FromAgent::Stopped) => {
                 return Err(Failure::failed(anyhow!("the agent stopped without an order")));
             }
@@ -293,7 +292,6 @@ async fn supervise(plan: &mut Plan, made: &mut Made, signals: &mut Signals) -> E
                 }
             }
             event = agent.next(&mut plan.queue) => match event {
-                Ok(Event::Message(FromAgent::Counters(counters))) => debug!(?counters, "agent"),
                 Ok(Event::Message(FromAgent::Ready { generation })) => debug!(generation, "agent ready"),
                 Ok(Event::Message(FromAgent::Failed { reason, .. })) => {
                     return End::Broken(anyhow!("the agent failed: {reason}"));
@@ -318,11 +316,24 @@ async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
         sweep(&plan.netns).context("cannot remove what the agent left").map_err(Failure::kernel)?;
     }
     if made.guard {
+        report_guard(plan);
         guard::remove(&plan.netns_fd).map_err(Failure::kernel)?;
     }
     made.lock.remove();
     info!(netns = plan.netns.name(), "removed");
     Ok(Exit::Good)
+}
+
+/// What the guard refused goes with its tables: it is said before.
+fn report_guard(plan: &Plan) {
+    match guard::counters(&plan.netns_fd) {
+        Ok(counters) => {
+            for (counter, count) in counters.iter().filter(|(_, count)| count.packets > 0) {
+                info!(counter, packets = count.packets, "dropped by the guard");
+            }
+        }
+        Err(error) => debug!(error = format!("{:#}", anyhow!(error)), "cannot read the guard's counters"),
+    }
 }
 
 /// Removes what an agent made that cannot do it any more.

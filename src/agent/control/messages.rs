@@ -27,10 +27,6 @@ const ADDRESSES_MAX: usize = 16;
 /// Most resolvers: glibc reads three lines, musl too; a dual-stack list doubles them.
 pub(super) const RESOLVERS_MAX: usize = 16;
 
-/// Most counters in one message, and the longest name.
-const COUNTERS_MAX: usize = 512;
-const COUNTER_NAME_MAX: usize = 64;
-
 /// Longest reason of a failure, in bytes.
 pub(super) const REASON_MAX: usize = 4_096;
 
@@ -127,8 +123,6 @@ pub enum FromAgent {
     },
     /// Everything the agent made is gone.
     Stopped,
-    /// Counters by name, non-zero ones only.
-    Counters(Vec<(String, u64)>),
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.
@@ -199,7 +193,7 @@ impl Message for FromAgent {
         match self {
             // tenc0 and one UDP socket per own address.
             Self::Ready { .. } => 1 + ADDRESSES_MAX,
-            Self::Failed { .. } | Self::Stopped | Self::Counters(_) => 0,
+            Self::Failed { .. } | Self::Stopped => 0,
         }
     }
 
@@ -213,15 +207,6 @@ impl Message for FromAgent {
                 // The reason reaches a terminal: no escape sequences.
                 if reason.len() > REASON_MAX || reason.chars().any(|c| c.is_control() && c != '\n') {
                     return Err("reason");
-                }
-                Ok(())
-            }
-            Self::Counters(list) => {
-                let bad = |n: &str| {
-                    n.is_empty() || n.len() > COUNTER_NAME_MAX || !n.bytes().all(|b| b.is_ascii_graphic())
-                };
-                if list.len() > COUNTERS_MAX || list.iter().any(|(name, _)| bad(name)) {
-                    return Err("counters");
                 }
                 Ok(())
             }
