@@ -207,7 +207,7 @@ impl Made {
 /// # Cancel safety
 /// What was made is in `made`.
 async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<(), Failure> {
-    let mut init = plan.init.take().expect("bring-up happens once");
+    let init = plan.init.take().expect("bring-up happens once");
     let skeleton = Skeleton {
         device: plan.network.interface.as_str().try_into().map_err(Failure::usage)?,
         tunnel_port: init.port,
@@ -220,7 +220,6 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
     match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
         Loaded::WithoutEgress(reason) => {
-            init.netdev_guard = false;
             warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
         }
     }

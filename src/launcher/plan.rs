@@ -74,7 +74,6 @@ impl Plan {
         let init = Init {
             addresses: addresses.iter().copied().map(own).collect(),
             port: arguments.port,
-            interface: network.interface.clone(),
             link_mtu: network.mtu,
             zone: resolv.zone,
             resolvers: resolvers.clone(),
@@ -83,7 +82,6 @@ impl Plan {
             inject: arguments.inject.into(),
             seed,
             rekey_after_s: arguments.rekey_after,
-            netdev_guard: true,
         };
         let (source, changes) = manifests
             .follow(key, addresses.clone())

@@ -68,9 +68,7 @@ pub struct Init {
     pub addresses: Vec<OwnAddress>,
     /// UDP port of the tunnel, in the whole key domain.
     pub port: u16,
-    /// The pod's real link, for example `eth0`.
-    pub interface: String,
-    /// MTU of that link, in bytes.
+    /// MTU of the pod's real link, in bytes.
     pub link_mtu: u32,
     /// DNS zone of the project, for example `shop.svc.cluster.local`; without one, nothing is learned from DNS.
     pub zone: Option<String>,
@@ -86,8 +84,6 @@ pub struct Init {
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
     pub rekey_after_s: Option<u64>,
-    /// The guard has its netdev egress table too, so elements are added to both tables.
-    pub netdev_guard: bool,
 }
 
 /// From the launcher to the agent.
@@ -160,11 +156,6 @@ impl Init {
         }
         if self.port == 0 {
             return Err("tunnel port 0");
-        }
-        // IFNAMSIZ is 16 with the final zero; the kernel refuses '/', ':' and white space.
-        let bad = |b: u8| b == b'/' || b == b':' || b == 0 || b.is_ascii_whitespace();
-        if self.interface.is_empty() || self.interface.len() > 15 || self.interface.bytes().any(bad) {
-            return Err("interface name");
         }
         // IPv4 needs 576 octets of reassembly; 65,535 is the largest IP packet.
         if !(576..=65_535).contains(&self.link_mtu) {
