@@ -89,7 +89,7 @@ pub struct Init {
 /// From the launcher to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// First message. Descriptors: the DNS helper's TUN, then its listeners in the order of `resolvers`.
+    /// First message. Descriptors: the DNS helper's TUN, then one listener per family.
     Init(Box<Init>),
     /// A part of the changes that lead to the next generation.
     Changes(Vec<Change>),
@@ -136,7 +136,8 @@ pub trait Message: Serialize + DeserializeOwned {
 impl Message for ToAgent {
     fn descriptors_max(&self) -> usize {
         match self {
-            Self::Init(_) => 1 + RESOLVERS_MAX,
+            // The DNS helper's TUN and one listener per family.
+            Self::Init(_) => 3,
             Self::Changes(_) | Self::Commit { .. } | Self::Stop => 0,
         }
     }
