@@ -160,11 +160,8 @@ fn capturable(resolv: &ResolvConf, own: &[IpAddr]) -> Vec<IpAddr> {
             "a resolver on loopback cannot be captured: its names are protected as far as the directory knows them"
         );
     }
-    if !resolv.ignored.is_empty() {
-        warn!(
-            count = resolv.ignored.len(),
-            "resolvers that are left out: not an address, link-local, or too many"
-        );
+    if resolv.ignored > 0 {
+        warn!(count = resolv.ignored, "resolvers that are left out: not an address, link-local, or too many");
     }
     if resolv.zone.is_none() {
         warn!("the search list names no zone <project>.svc.<domain>: nothing is learned from DNS");

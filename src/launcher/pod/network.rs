@@ -1,7 +1,7 @@
 //! What the pod's network looks like before anything of ours is in it.
 //!
 //! 1. the interface is the device of the default route; without one, the only device besides `lo` that is up
-//! 2. its name, index, MTU and global addresses are read over netlink, on a thread inside the namespace
+//! 2. its name, MTU and global addresses are read over netlink, on a thread inside the namespace
 //! 3. the source ports of upstream DNS sockets are chosen outside the ports that the pod's applications are given
 //!
 //! May touch: one netlink socket and two files under `/proc/sys/net`, which follow the namespace of the reading thread.
@@ -101,8 +101,6 @@ pub struct DnsPorts {
 pub struct PodNetwork {
     /// Name of the device.
     pub interface: String,
-    /// Its index in the pod's namespace.
-    pub index: u32,
     /// Its MTU in bytes.
     pub mtu: u32,
     /// Its global unicast addresses, in the kernel's order, IPv4 first.
@@ -121,8 +119,8 @@ impl PodNetwork {
         netns.run(|| {
             let interface = Dump::read()?.interface()?;
             let dns_ports = dns_ports(&local_ports()?, tunnel_port);
-            let Interface { name, index, mtu, addresses } = interface;
-            Ok(Self { interface: name, index, mtu, addresses, dns_ports })
+            let Interface { name, mtu, addresses } = interface;
+            Ok(Self { interface: name, mtu, addresses, dns_ports })
         })?
     }
 }
@@ -130,7 +128,6 @@ impl PodNetwork {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Interface {
     name: String,
-    index: u32,
     mtu: u32,
     addresses: Vec<IpAddr>,
 }
@@ -187,7 +184,7 @@ impl Dump {
         if !flags.contains(LinkFlags::Up) || flags.contains(LinkFlags::Loopback) {
             return;
         }
-        let mut device = Interface { index: link.header.index, ..Interface::default() };
+        let mut device = Interface::default();
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => device.name.clone_from(name),
@@ -196,7 +193,7 @@ impl Dump {
             }
         }
         if device.name != TUN_DEVICE {
-            self.devices.insert(device.index, device);
+            self.devices.insert(link.header.index, device);
         }
     }
 
@@ -379,7 +376,7 @@ mod tests {
 
     fn device(index: u32, name: &str, addresses: &[&str]) -> (u32, Interface) {
         let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
-        (index, Interface { index, name: name.to_owned(), mtu: 1450, addresses })
+        (index, Interface { name: name.to_owned(), mtu: 1450, addresses })
     }
 
     #[test]
@@ -440,7 +437,7 @@ mod tests {
     #[test]
     fn without_a_default_route_the_only_device_is_taken() {
         let dump = |devices: Vec<_>| Dump { devices: devices.into_iter().collect(), ..Dump::default() };
-        assert_eq!(dump(vec![device(2, "eth0", &["10.0.0.1"])]).interface().unwrap().index, 2);
+        assert_eq!(dump(vec![device(2, "eth0", &["10.0.0.1"])]).interface().unwrap().name, "eth0");
         assert!(matches!(dump(vec![]).interface(), Err(NetworkError::NoInterface)));
         assert!(matches!(
             dump(vec![device(2, "eth0", &[])]).interface(),
