@@ -24,10 +24,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
+use crate::agent;
 use crate::agent::control::{FromAgent, ToAgent};
-use crate::agent::netlink::Netlink;
-use crate::agent::tun;
 use crate::cli::{self, Exit};
+use crate::proto::mtu::tun_mtu;
 
 pub mod directory;
 pub mod dns_helper;
@@ -42,7 +42,6 @@ use dns_helper::DnsHelper;
 use guard::{Loaded, Skeleton};
 use lock::{Lock, LockError};
 use plan::Plan;
-use pod::PodNetns;
 use supervisor::{Agent, Event, Stop};
 
 /// From the agent's start to its `Ready`; thousands of routes take less than a second.
@@ -225,7 +224,10 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
     }
     let helper = match &plan.resolvers[..] {
         [] => None,
-        resolvers => Some(dns_helper::open(resolvers, plan.inner_mtu()).map_err(Failure::kernel)?),
+        resolvers => Some(
+            dns_helper::open(resolvers, tun_mtu(plan.network.mtu, &plan.addresses))
+                .map_err(Failure::kernel)?,
+        ),
     };
     let agent = Agent::spawn(plan.netns.as_fd(), made.lock.as_fd(), log_filter).map_err(Failure::kernel)?;
     let agent = made.agent.insert(agent);
@@ -312,7 +314,8 @@ async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
     if let Some(agent) = made.agent.take()
         && agent.stop().await.map_err(Failure::kernel)? == Stop::Unclean
     {
-        sweep(&plan.netns).context("cannot remove what the agent left").map_err(Failure::kernel)?;
+        let swept = plan.netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
+        swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
     }
     if made.guard {
         report_guard(plan);
@@ -333,14 +336,4 @@ fn report_guard(plan: &Plan) {
         }
         Err(error) => debug!(error = format!("{:#}", anyhow!(error)), "cannot read the guard's counters"),
     }
-}
-
-/// Removes what an agent made that cannot do it any more.
-fn sweep(netns: &PodNetns) -> anyhow::Result<()> {
-    netns.run(|| {
-        let mut netlink = Netlink::open()?;
-        netlink.tear_down()?;
-        netlink.delete_link(tun::NAME)?;
-        anyhow::Ok(())
-    })?
 }

@@ -24,7 +24,6 @@ use super::pod::{self, PodError, PodNetns, Target};
 use crate::agent::control::{self, Init, OwnAddress, Seed, ToAgent};
 use crate::cli;
 use crate::proto::directory::Change;
-use crate::proto::mtu::inner_mtu;
 
 /// Everything that is known before anything is changed.
 pub(super) struct Plan {
@@ -110,11 +109,6 @@ impl Plan {
         debug!(generation = self.generation, changes = changes.len(), "directory");
         self.queue.extend(control::chunks(changes));
         self.queue.push_back(ToAgent::Commit { generation: self.generation });
-    }
-
-    /// The MTU of `tenc0`: what the family with the smaller overhead leaves.
-    pub(super) fn inner_mtu(&self) -> u32 {
-        self.addresses.iter().map(|own| inner_mtu(self.network.mtu, *own)).max().unwrap_or(self.network.mtu)
     }
 
     /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
