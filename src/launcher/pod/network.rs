@@ -20,7 +20,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::{PodError, PodNetns};
 use crate::agent::netlink::{self, Netlink};
 use crate::agent::tun;
-use crate::launcher::directory::is_plain_unicast;
+use crate::proto::is_unicast;
 
 /// Fewer ports than this are too few to hide a query in.
 const DNS_PORTS_MIN: usize = 1024;
@@ -196,7 +196,7 @@ impl Dump {
         if let (Some(device), Some(ip)) = (self.devices.get_mut(&message.header.index), local.or(address))
             && global
             && !unusable
-            && is_plain_unicast(ip)
+            && is_unicast(ip)
             && !device.addresses.contains(&ip)
         {
             device.addresses.push(ip);
