@@ -243,11 +243,14 @@ async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> R
     let limit = Instant::now() + READY_LIMIT;
     loop {
         let event = timeout_at(limit, agent.next(queue)).await;
-        let event =
-            event.map_err(|_| Failure::failed(anyhow!("the agent was not ready within {READY_LIMIT:?}")))?;
+        let event = event.map_err(|_| {
+            Failure::failed(anyhow!(
+                "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
+            ))
+        })?;
         match event.map_err(Failure::failed)? {
             Event::Message(FromAgent::Ready { generation }) => {
-                info!(generation, descriptors = agent.held(), "agent ready");
+                debug!(generation, descriptors = agent.held(), "agent ready");
                 return Ok(());
             }
             Event::Message(FromAgent::Failed { exit_code, reason }) => {

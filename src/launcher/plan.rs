@@ -61,7 +61,8 @@ impl Plan {
         let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
         if addresses.is_empty() {
             return Err(Failure::usage(anyhow!(
-                "none of the addresses of the pod's device {} is one of its Pod in the directory",
+                "none of the addresses of the pod's device {} is one of its Pod in the directory: \
+                 add its Pod's manifest, or check --project",
                 network.interface
             )));
         }
