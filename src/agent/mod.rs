@@ -45,7 +45,7 @@ use raw_socket::RawInjector;
 use tun::Tun;
 use udp::TunnelSocket;
 
-use crate::proto::mtu::inner_mtu;
+use crate::proto::mtu::tun_mtu;
 use crate::proto::noise::{Identity, Options};
 use crate::proto::{Config, Engine};
 
@@ -108,7 +108,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
     let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
     let tun = Tun::open()?;
-    netlink.set_up_tun(tun::NAME, tun_mtu(init, &own))?;
+    netlink.set_up_tun(tun::NAME, tun_mtu(init.link_mtu, &own))?;
     let capture = Capture {
         own: own.clone(),
         resolvers: init.resolvers.clone(),
@@ -172,11 +172,6 @@ fn options(init: &Init) -> Options {
     options
 }
 
-/// The device takes what the smaller overhead leaves; the routes say what each family really has.
-fn tun_mtu(init: &Init, own: &[IpAddr]) -> u32 {
-    own.iter().map(|own| inner_mtu(init.link_mtu, *own)).max().unwrap_or(init.link_mtu)
-}
-
 /// Answers ARP where the kernel would not; a pod without IPv4 or without an Ethernet link needs none.
 fn arp_responder(netlink: &mut Netlink, own: &[IpAddr]) -> Option<ArpResponder> {
     let IpAddr::V4(own) = *own.iter().find(|own| own.is_ipv4())? else { return None };
@@ -194,7 +189,7 @@ fn arp_responder(netlink: &mut Netlink, own: &[IpAddr]) -> Option<ArpResponder> 
 }
 
 /// Rules, routes and `tenc0`, in the reverse order of bring-up; what is not there is fine.
-fn remove_everything() -> anyhow::Result<()> {
+pub(crate) fn remove_everything() -> anyhow::Result<()> {
     let mut netlink = Netlink::open()?;
     netlink.tear_down()?;
     netlink.delete_link(tun::NAME)?;

@@ -15,24 +15,42 @@ use crate::sys::tun;
 /// Name of the device in every pod.
 pub const NAME: &str = "tenc0";
 
-/// Why `tenc0` could not be had.
+/// Why a TUN device could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A live agent reads from it.
-    #[error("another agent holds {NAME}")]
-    Busy,
+    #[error("another agent holds {0}")]
+    Busy(&'static str),
     /// The capability is missing.
-    #[error("creating {NAME} needs CAP_NET_ADMIN: run as root")]
-    Permission,
+    #[error("creating {0} needs CAP_NET_ADMIN: run as root")]
+    Permission(&'static str),
     /// Another program made a device of that name.
-    #[error("a device {NAME} of another kind exists in this namespace")]
-    Foreign,
+    #[error("a device {0} of another kind exists in this namespace")]
+    Foreign(&'static str),
     /// No TUN driver.
     #[error("/dev/net/tun is missing: load the kernel module tun")]
     NoDriver,
     /// Anything else.
-    #[error("cannot open {NAME}")]
-    Open(#[source] io::Error),
+    #[error("cannot open {name}")]
+    Open {
+        /// The device.
+        name: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// What the kernel's refusal of the device `name` means.
+    pub(crate) fn of(name: &'static str, error: io::Error) -> Self {
+        match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+            Errno::EBUSY => Self::Busy(name),
+            Errno::EPERM => Self::Permission(name),
+            Errno::EINVAL => Self::Foreign(name),
+            Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => Self::NoDriver,
+            _ => Self::Open { name, source: error },
+        }
+    }
 }
 
 /// The descriptor of `tenc0`.
@@ -48,15 +66,8 @@ impl Tun {
     /// # Errors
     /// See [`Error`].
     pub fn open() -> Result<Self, Error> {
-        let device =
-            tun::open(NAME).map_err(|error| match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-                Errno::EBUSY => Error::Busy,
-                Errno::EPERM => Error::Permission,
-                Errno::EINVAL => Error::Foreign,
-                Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => Error::NoDriver,
-                _ => Error::Open(error),
-            })?;
-        tun::set_persistent(&device.fd, true).map_err(Error::Open)?;
+        let device = tun::open(NAME).map_err(|error| Error::of(NAME, error))?;
+        tun::set_persistent(&device.fd, true).map_err(|source| Error::Open { name: NAME, source })?;
         Ok(Self { fd: device.fd, offloads: device.offloads })
     }
 

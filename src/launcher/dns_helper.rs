@@ -19,6 +19,7 @@ use std::thread;
 use nix::sched::{CloneFlags, unshare};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::agent;
 use crate::agent::netlink::{self, Netlink};
 use crate::sys::tun;
 
@@ -36,8 +37,8 @@ pub enum Error {
     #[error("cannot make a network namespace: needs CAP_SYS_ADMIN, run as root")]
     Namespace(#[source] io::Error),
     /// The TUN was refused.
-    #[error("cannot make a TUN device in the DNS helper namespace")]
-    Tun(#[source] io::Error),
+    #[error("no TUN device in the DNS helper namespace")]
+    Tun(#[source] agent::tun::Error),
     /// Links, addresses or routes were refused.
     #[error("cannot configure the DNS helper namespace")]
     Netlink(#[from] netlink::Error),
@@ -75,7 +76,7 @@ pub fn open(resolvers: &[IpAddr], mtu: u32) -> Result<DnsHelper, Error> {
 
 fn in_new_namespace(resolvers: &[IpAddr], mtu: u32) -> Result<DnsHelper, Error> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|error| Error::Namespace(error.into()))?;
-    let device = tun::open(DEVICE).map_err(Error::Tun)?;
+    let device = tun::open(DEVICE).map_err(|error| Error::Tun(agent::tun::Error::of(DEVICE, error)))?;
     let mut netlink = Netlink::open()?;
     netlink.set_link_up("lo")?;
     netlink.set_up_tun(DEVICE, mtu)?;

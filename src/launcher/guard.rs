@@ -179,6 +179,14 @@ pub fn ruleset(skeleton: &Skeleton, egress: bool) -> String {
         .expect("a string");
         text
     });
+    // What passes in both directions besides the tunnel.
+    let control = format!(
+        "        # Neighbour discovery.
+        icmpv6 type 133-137 ip6 hoplimit 255 accept
+        # ICMP errors that quote a datagram of the tunnel, which came from and went to its port: without IPv4 options, as they are sent.
+        icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} @th,64,8 0x45 @th,136,8 17 @th,224,16 {tunnel_port} @th,240,16 {tunnel_port} accept
+        icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} @th,112,8 17 @th,384,16 {tunnel_port} @th,400,16 {tunnel_port} accept"
+    );
     // Both tables have the same outbound rules; only counter and hook differ.
     let outbound = |counter: &str, base: &str| {
         format!(
@@ -192,11 +200,7 @@ pub fn ruleset(skeleton: &Skeleton, egress: bool) -> String {
     chain outbound {{
         # Datagrams of the tunnel: marked by the agent, of one of the protocol's four message types.
         meta mark {MARK:#x} meta l4proto udp udp sport {tunnel_port} @th,64,32 {{ 0x01000000, 0x02000000, 0x03000000, 0x04000000 }} accept
-        # Neighbour discovery.
-        icmpv6 type 133-137 ip6 hoplimit 255 accept
-        # ICMP errors that quote a datagram of the tunnel, which came from and went to its port: without IPv4 options, as they are sent.
-        icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} @th,64,8 0x45 @th,136,8 17 @th,224,16 {tunnel_port} @th,240,16 {tunnel_port} accept
-        icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} @th,112,8 17 @th,384,16 {tunnel_port} @th,400,16 {tunnel_port} accept
+{control}
         counter name {counter} drop
     }}
 
@@ -231,9 +235,7 @@ table inet {TABLE} {{{}
         ip frag-off & 0x3fff != 0 counter name inbound drop
         exthdr frag exists counter name inbound drop
         meta l4proto udp udp sport {tunnel_port} udp dport {tunnel_port} accept
-        icmpv6 type 133-137 ip6 hoplimit 255 accept
-        icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} @th,64,8 0x45 @th,136,8 17 @th,224,16 {tunnel_port} @th,240,16 {tunnel_port} accept
-        icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} @th,112,8 17 @th,384,16 {tunnel_port} @th,400,16 {tunnel_port} accept
+{control}
         counter name inbound drop
     }}
 

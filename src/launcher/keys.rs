@@ -1,6 +1,6 @@
 //! The project key, and everything that is derived from it.
 //!
-//! 1. [`ProjectKey::read`] takes the key file apart (32 bytes in base64; `use`, `accept`)
+//! 1. [`ProjectKey::read`] takes the key file apart (32 bytes in base64, alone or after `use`)
 //! 2. [`ProjectKey::static_secret`] gives an agent its own private key
 //! 3. [`ProjectKey::workload`] gives it, per peer, a public key and a pre-shared key
 //!
@@ -17,7 +17,6 @@ use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -32,7 +31,7 @@ use crate::proto::noise::{PresharedKey, StaticSecret};
 const KEY_LEN: usize = 32;
 /// Base64 of [`KEY_LEN`] bytes, padding included.
 const KEY_TEXT_LEN: usize = 44;
-/// Two lines of `accept BASE64` are about 110 bytes; anything much longer is another file.
+/// A line of `use BASE64` is about 50 bytes; anything much longer is another file.
 const KEY_FILE_MAX: u64 = 1024;
 /// A project is a Kubernetes namespace, whose name is an RFC 1123 label.
 const PROJECT_NAME_MAX: usize = 63;
@@ -59,17 +58,6 @@ impl Suite {
             Self::ChaCha20Poly1305 => "chacha20poly1305",
             Self::Aes256Gcm => "aes256gcm",
         }
-    }
-}
-
-impl FromStr for Suite {
-    type Err = KeyError;
-
-    fn from_str(word: &str) -> Result<Self, KeyError> {
-        [Self::ChaCha20Poly1305, Self::Aes256Gcm]
-            .into_iter()
-            .find(|suite| suite.as_str() == word)
-            .ok_or_else(|| KeyError::UnknownSuite { word: word.to_owned() })
     }
 }
 
@@ -126,11 +114,11 @@ pub enum KeyError {
         /// The name given.
         name: String,
     },
-    /// Not a cipher.
-    #[error("unknown cipher `{word}`: use chacha20poly1305 or aes256gcm")]
-    UnknownSuite {
-        /// The word given.
-        word: String,
+    /// A second key, for a rotation.
+    #[error("the project key file {}: `accept` is not there yet: key rotation comes later, leave the key in use alone", path.display())]
+    Rotation {
+        /// The key file.
+        path: PathBuf,
     },
     /// The kernel gave no randomness.
     #[error("cannot read random bytes from /dev/random")]
@@ -152,7 +140,6 @@ impl KeyError {
 /// The key of one project, bound to its name and cipher.
 pub struct ProjectKey {
     key: Zeroizing<[u8; KEY_LEN]>,
-    accept: Option<Zeroizing<[u8; KEY_LEN]>>,
     project: String,
     suite: Suite,
 }
@@ -176,6 +163,7 @@ impl ProjectKey {
         let text = read_private_file(path)?;
         Self::parse(&text, project, suite).map_err(|error| match error {
             Parse::Malformed(reason) => KeyError::Malformed { path: path.to_owned(), reason },
+            Parse::Rotation => KeyError::Rotation { path: path.to_owned() },
             Parse::ProjectName => KeyError::ProjectName { name: project.to_owned() },
         })
     }
@@ -186,35 +174,26 @@ impl ProjectKey {
             return Err(Parse::ProjectName);
         }
         let text = str::from_utf8(text).map_err(|_| Parse::Malformed("it is not text"))?;
-        let (mut key, mut accept) = (None, None);
+        let mut key = None;
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-            let (slot, encoded) = match line.split_once([' ', '\t']) {
-                None => (&mut key, line),
-                Some(("use", rest)) => (&mut key, rest.trim_start()),
-                Some(("accept", rest)) => (&mut accept, rest.trim_start()),
-                Some(_) => {
-                    return Err(Parse::Malformed("a line is neither `use BASE64` nor `accept BASE64`"));
-                }
+            let encoded = match line.split_once([' ', '\t']) {
+                None => line,
+                Some(("use", rest)) => rest.trim_start(),
+                Some(("accept", _)) => return Err(Parse::Rotation),
+                Some(_) => return Err(Parse::Malformed("a line is not `use BASE64`")),
             };
-            if slot.replace(decode(encoded)?).is_some() {
-                return Err(Parse::Malformed("two keys of one kind: one `use` and one `accept` at most"));
+            if key.replace(decode(encoded)?).is_some() {
+                return Err(Parse::Malformed("two keys: one is the key in use"));
             }
         }
         let key = key.ok_or(Parse::Malformed("it holds no key to use: make one with `tencrypt keygen`"))?;
-        Ok(Self { key, accept, project, suite })
+        Ok(Self { key, project, suite })
     }
 
     /// The project, in lower case: the key domain.
     #[must_use]
     pub fn project(&self) -> &str {
         &self.project
-    }
-
-    /// The key that is accepted besides the one in use, while keys are rotated.
-    #[must_use]
-    pub fn accepted(&self) -> Option<Self> {
-        let key = self.accept.clone()?;
-        Some(Self { key, accept: None, project: self.project.clone(), suite: self.suite })
     }
 
     /// The private key of the workload at `address`, clamped.
@@ -293,6 +272,7 @@ pub fn is_label(name: &str) -> bool {
 #[derive(Debug)]
 enum Parse {
     Malformed(&'static str),
+    Rotation,
     ProjectName,
 }
 
@@ -392,7 +372,9 @@ mod tests {
     fn derivation_matches_the_independent_vectors_of_both_families_and_suites() {
         let vectors: Vectors = serde_json::from_str(include_str!("../../tests/vectors/kdf.json")).unwrap();
         let key = |project: &str, suite: &str| {
-            ProjectKey::parse(vectors.project_key.as_bytes(), project, suite.parse().unwrap()).unwrap()
+            let suites = [Suite::ChaCha20Poly1305, Suite::Aes256Gcm];
+            let suite = suites.into_iter().find(|s| s.as_str() == suite).unwrap();
+            ProjectKey::parse(vectors.project_key.as_bytes(), project, suite).unwrap()
         };
         for v in &vectors.statics {
             let secret = key(&v.project, &v.suite).static_secret(v.address);
@@ -442,19 +424,17 @@ mod tests {
         let lone = parse(&format!("{ONE}\n")).unwrap();
         let named = parse(&format!("use {ONE}\r\n\n")).unwrap();
         assert_eq!(lone.static_secret(address).0, named.static_secret(address).0);
-        assert!(lone.accepted().is_none());
     }
 
     #[test]
-    fn an_accepted_key_derives_like_a_key_of_its_own() {
-        let address = "10.0.0.1".parse().unwrap();
+    fn a_key_to_accept_is_refused_as_not_there_yet() {
         for text in [format!("use {ONE}\naccept {TWO}\n"), format!("accept\t{TWO}\n{ONE}")] {
-            let key = parse(&text).unwrap();
-            assert_eq!(key.static_secret(address).0, parse(ONE).unwrap().static_secret(address).0);
-            assert_eq!(
-                key.accepted().unwrap().static_secret(address).0,
-                parse(TWO).unwrap().static_secret(address).0
-            );
+            assert!(matches!(parse(&text), Err(Parse::Rotation)), "{text:?}");
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            let error = ProjectKey::read(file.path(), "shop", Suite::default()).unwrap_err();
+            assert!(error.to_string().contains("`accept` is not there yet"), "{error}");
+            assert_eq!(error.exit_code(), 2);
         }
     }
 
@@ -466,10 +446,8 @@ mod tests {
             "\n\n",
             "use",
             "short",
-            &format!("accept {TWO}"),
             &format!("{ONE}\n{TWO}"),
             &format!("use {ONE}\nuse {TWO}"),
-            &format!("accept {ONE}\naccept {TWO}"),
             &format!("keep {ONE}"),
             &format!("use {ONE} {TWO}"),
             &ONE.replace('=', "A"),

@@ -24,10 +24,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
+use crate::agent;
 use crate::agent::control::{FromAgent, ToAgent};
-use crate::agent::netlink::Netlink;
-use crate::agent::tun;
 use crate::cli::{self, Exit};
+use crate::proto::mtu::tun_mtu;
 
 pub mod directory;
 pub mod dns_helper;
@@ -42,7 +42,6 @@ use dns_helper::DnsHelper;
 use guard::{Loaded, Skeleton};
 use lock::{Lock, LockError};
 use plan::Plan;
-use pod::PodNetns;
 use supervisor::{Agent, Event, Stop};
 
 /// From the agent's start to its `Ready`; thousands of routes take less than a second.
@@ -102,13 +101,16 @@ pub fn launch(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure
 
 /// Without these nothing would work; said early and once.
 fn check_privileges() -> Result<(), Failure> {
-    let needed = CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
+    let needed =
+        CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW | CapabilitySet::SYS_ADMIN | CapabilitySet::SETPCAP;
     let effective =
         capabilities(None).context("cannot read the capabilities").map_err(Failure::kernel)?.effective;
     if effective.contains(needed) {
         return Ok(());
     }
-    Err(Failure::kernel(anyhow!("needs CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root")))
+    Err(Failure::kernel(anyhow!(
+        "needs CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN and CAP_SETPCAP: run as root"
+    )))
 }
 
 /// SIGTERM and SIGINT.
@@ -204,7 +206,7 @@ impl Made {
 /// # Cancel safety
 /// What was made is in `made`.
 async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<(), Failure> {
-    let mut init = plan.init.take().expect("bring-up happens once");
+    let init = plan.init.take().expect("bring-up happens once");
     let skeleton = Skeleton {
         device: plan.network.interface.as_str().try_into().map_err(Failure::usage)?,
         tunnel_port: init.port,
@@ -217,13 +219,15 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
     match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
         Loaded::WithoutEgress(reason) => {
-            init.netdev_guard = false;
             warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
         }
     }
     let helper = match &plan.resolvers[..] {
         [] => None,
-        resolvers => Some(dns_helper::open(resolvers, plan.inner_mtu()).map_err(Failure::kernel)?),
+        resolvers => Some(
+            dns_helper::open(resolvers, tun_mtu(plan.network.mtu, &plan.addresses))
+                .map_err(Failure::kernel)?,
+        ),
     };
     let agent = Agent::spawn(plan.netns.as_fd(), made.lock.as_fd(), log_filter).map_err(Failure::kernel)?;
     let agent = made.agent.insert(agent);
@@ -239,17 +243,19 @@ async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> R
     let limit = Instant::now() + READY_LIMIT;
     loop {
         let event = timeout_at(limit, agent.next(queue)).await;
-        let event =
-            event.map_err(|_| Failure::failed(anyhow!("the agent was not ready within {READY_LIMIT:?}")))?;
+        let event = event.map_err(|_| {
+            Failure::failed(anyhow!(
+                "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
+            ))
+        })?;
         match event.map_err(Failure::failed)? {
             Event::Message(FromAgent::Ready { generation }) => {
-                info!(generation, descriptors = agent.held(), "agent ready");
+                debug!(generation, descriptors = agent.held(), "agent ready");
                 return Ok(());
             }
             Event::Message(FromAgent::Failed { exit_code, reason }) => {
                 return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
             }
-            Event::Message(FromAgent::Counters(_)) => {}
             Event::Message(FromAgent::Stopped) => {
                 return Err(Failure::failed(anyhow!("the agent stopped without an order")));
             }
@@ -290,7 +296,6 @@ async fn supervise(plan: &mut Plan, made: &mut Made, signals: &mut Signals) -> E
                 }
             }
             event = agent.next(&mut plan.queue) => match event {
-                Ok(Event::Message(FromAgent::Counters(counters))) => debug!(?counters, "agent"),
                 Ok(Event::Message(FromAgent::Ready { generation })) => debug!(generation, "agent ready"),
                 Ok(Event::Message(FromAgent::Failed { reason, .. })) => {
                     return End::Broken(anyhow!("the agent failed: {reason}"));
@@ -312,9 +317,11 @@ async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
     if let Some(agent) = made.agent.take()
         && agent.stop().await.map_err(Failure::kernel)? == Stop::Unclean
     {
-        sweep(&plan.netns).context("cannot remove what the agent left").map_err(Failure::kernel)?;
+        let swept = plan.netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
+        swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
     }
     if made.guard {
+        report_guard(plan);
         guard::remove(&plan.netns_fd).map_err(Failure::kernel)?;
     }
     made.lock.remove();
@@ -322,12 +329,14 @@ async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
     Ok(Exit::Good)
 }
 
-/// Removes what an agent made that cannot do it any more.
-fn sweep(netns: &PodNetns) -> anyhow::Result<()> {
-    netns.run(|| {
-        let mut netlink = Netlink::open()?;
-        netlink.tear_down()?;
-        netlink.delete_link(tun::NAME)?;
-        anyhow::Ok(())
-    })?
+/// What the guard refused goes with its tables: it is said before.
+fn report_guard(plan: &Plan) {
+    match guard::counters(&plan.netns_fd) {
+        Ok(counters) => {
+            for (counter, count) in counters.iter().filter(|(_, count)| count.packets > 0) {
+                info!(counter, packets = count.packets, "dropped by the guard");
+            }
+        }
+        Err(error) => debug!(error = format!("{:#}", anyhow!(error)), "cannot read the guard's counters"),
+    }
 }

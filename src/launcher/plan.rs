@@ -24,7 +24,6 @@ use super::pod::{self, PodError, PodNetns, Target};
 use crate::agent::control::{self, Init, OwnAddress, Seed, ToAgent};
 use crate::cli;
 use crate::proto::directory::Change;
-use crate::proto::mtu::inner_mtu;
 
 /// Everything that is known before anything is changed.
 pub(super) struct Plan {
@@ -62,7 +61,8 @@ impl Plan {
         let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
         if addresses.is_empty() {
             return Err(Failure::usage(anyhow!(
-                "none of the addresses of the pod's device {} is one of its Pod in the directory",
+                "none of the addresses of the pod's device {} is one of its Pod in the directory: \
+                 add its Pod's manifest, or check --project",
                 network.interface
             )));
         }
@@ -74,7 +74,6 @@ impl Plan {
         let init = Init {
             addresses: addresses.iter().copied().map(own).collect(),
             port: arguments.port,
-            interface: network.interface.clone(),
             link_mtu: network.mtu,
             zone: resolv.zone,
             resolvers: resolvers.clone(),
@@ -83,7 +82,6 @@ impl Plan {
             inject: arguments.inject.into(),
             seed,
             rekey_after_s: arguments.rekey_after,
-            netdev_guard: true,
         };
         let (source, changes) = manifests
             .follow(key, addresses.clone())
@@ -112,11 +110,6 @@ impl Plan {
         debug!(generation = self.generation, changes = changes.len(), "directory");
         self.queue.extend(control::chunks(changes));
         self.queue.push_back(ToAgent::Commit { generation: self.generation });
-    }
-
-    /// The MTU of `tenc0`: what the family with the smaller overhead leaves.
-    pub(super) fn inner_mtu(&self) -> u32 {
-        self.addresses.iter().map(|own| inner_mtu(self.network.mtu, *own)).max().unwrap_or(self.network.mtu)
     }
 
     /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
@@ -162,11 +155,8 @@ fn capturable(resolv: &ResolvConf, own: &[IpAddr]) -> Vec<IpAddr> {
             "a resolver on loopback cannot be captured: its names are protected as far as the directory knows them"
         );
     }
-    if !resolv.ignored.is_empty() {
-        warn!(
-            count = resolv.ignored.len(),
-            "resolvers that are left out: not an address, link-local, or too many"
-        );
+    if resolv.ignored > 0 {
+        warn!(count = resolv.ignored, "resolvers that are left out: not an address, link-local, or too many");
     }
     if resolv.zone.is_none() {
         warn!("the search list names no zone <project>.svc.<domain>: nothing is learned from DNS");

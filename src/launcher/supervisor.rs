@@ -212,7 +212,7 @@ impl Agent {
                 Event::Message(FromAgent::Failed { reason, .. }) => {
                     warn!(reason, "the agent failed while it stopped")
                 }
-                Event::Message(FromAgent::Ready { .. } | FromAgent::Counters(_)) => {}
+                Event::Message(FromAgent::Ready { .. }) => {}
                 Event::Ended(status) => {
                     if !status.success() {
                         debug!(%status, "the agent ended badly");

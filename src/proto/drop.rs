@@ -66,17 +66,13 @@ pub enum DropReason {
     DnsOverload,
     /// Nobody answered a forwarded DNS query.
     DnsTimeout,
-    /// Guard: a packet to a protected address tried to leave outside the tunnel.
-    GuardOutbound,
-    /// Guard: a packet from a protected address came outside the tunnel.
-    GuardInbound,
     /// The kernel refused the datagram or the injected packet.
     KernelRefused,
 }
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 32] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -108,8 +104,6 @@ impl DropReason {
         Self::DnsUnparsed,
         Self::DnsOverload,
         Self::DnsTimeout,
-        Self::GuardOutbound,
-        Self::GuardInbound,
         Self::KernelRefused,
     ];
 
@@ -148,8 +142,6 @@ impl DropReason {
             Self::DnsUnparsed => "dns_unparsed",
             Self::DnsOverload => "dns_overload",
             Self::DnsTimeout => "dns_timeout",
-            Self::GuardOutbound => "guard_outbound",
-            Self::GuardInbound => "guard_inbound",
             Self::KernelRefused => "kernel_refused",
         }
     }

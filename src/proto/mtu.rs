@@ -26,6 +26,13 @@ pub fn inner_mtu(link_mtu: u32, family: IpAddr) -> u32 {
     (link_mtu.saturating_sub(overhead) & !15).max(least)
 }
 
+/// The MTU of `tenc0` for a pod with the addresses `own`: what the smaller overhead leaves; the routes say what each
+/// family really has.
+#[must_use]
+pub fn tun_mtu(link_mtu: u32, own: &[IpAddr]) -> u32 {
+    own.iter().map(|own| inner_mtu(link_mtu, *own)).max().unwrap_or(link_mtu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

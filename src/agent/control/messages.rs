@@ -27,10 +27,6 @@ const ADDRESSES_MAX: usize = 16;
 /// Most resolvers: glibc reads three lines, musl too; a dual-stack list doubles them.
 pub(super) const RESOLVERS_MAX: usize = 16;
 
-/// Most counters in one message, and the longest name.
-const COUNTERS_MAX: usize = 512;
-const COUNTER_NAME_MAX: usize = 64;
-
 /// Longest reason of a failure, in bytes.
 pub(super) const REASON_MAX: usize = 4_096;
 
@@ -72,9 +68,7 @@ pub struct Init {
     pub addresses: Vec<OwnAddress>,
     /// UDP port of the tunnel, in the whole key domain.
     pub port: u16,
-    /// The pod's real link, for example `eth0`.
-    pub interface: String,
-    /// MTU of that link, in bytes.
+    /// MTU of the pod's real link, in bytes.
     pub link_mtu: u32,
     /// DNS zone of the project, for example `shop.svc.cluster.local`; without one, nothing is learned from DNS.
     pub zone: Option<String>,
@@ -90,14 +84,12 @@ pub struct Init {
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
     pub rekey_after_s: Option<u64>,
-    /// The guard has its netdev egress table too, so elements are added to both tables.
-    pub netdev_guard: bool,
 }
 
 /// From the launcher to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// First message. Descriptors: the DNS helper's TUN, then its listeners in the order of `resolvers`.
+    /// First message. Descriptors: the DNS helper's TUN, then one listener per family.
     Init(Box<Init>),
     /// A part of the changes that lead to the next generation.
     Changes(Vec<Change>),
@@ -127,8 +119,6 @@ pub enum FromAgent {
     },
     /// Everything the agent made is gone.
     Stopped,
-    /// Counters by name, non-zero ones only.
-    Counters(Vec<(String, u64)>),
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.
@@ -146,7 +136,8 @@ pub trait Message: Serialize + DeserializeOwned {
 impl Message for ToAgent {
     fn descriptors_max(&self) -> usize {
         match self {
-            Self::Init(_) => 1 + RESOLVERS_MAX,
+            // The DNS helper's TUN and one listener per family.
+            Self::Init(_) => 3,
             Self::Changes(_) | Self::Commit { .. } | Self::Stop => 0,
         }
     }
@@ -166,11 +157,6 @@ impl Init {
         }
         if self.port == 0 {
             return Err("tunnel port 0");
-        }
-        // IFNAMSIZ is 16 with the final zero; the kernel refuses '/', ':' and white space.
-        let bad = |b: u8| b == b'/' || b == b':' || b == 0 || b.is_ascii_whitespace();
-        if self.interface.is_empty() || self.interface.len() > 15 || self.interface.bytes().any(bad) {
-            return Err("interface name");
         }
         // IPv4 needs 576 octets of reassembly; 65,535 is the largest IP packet.
         if !(576..=65_535).contains(&self.link_mtu) {
@@ -199,7 +185,7 @@ impl Message for FromAgent {
         match self {
             // tenc0 and one UDP socket per own address.
             Self::Ready { .. } => 1 + ADDRESSES_MAX,
-            Self::Failed { .. } | Self::Stopped | Self::Counters(_) => 0,
+            Self::Failed { .. } | Self::Stopped => 0,
         }
     }
 
@@ -213,15 +199,6 @@ impl Message for FromAgent {
                 // The reason reaches a terminal: no escape sequences.
                 if reason.len() > REASON_MAX || reason.chars().any(|c| c.is_control() && c != '\n') {
                     return Err("reason");
-                }
-                Ok(())
-            }
-            Self::Counters(list) => {
-                let bad = |n: &str| {
-                    n.is_empty() || n.len() > COUNTER_NAME_MAX || !n.bytes().all(|b| b.is_ascii_graphic())
-                };
-                if list.len() > COUNTERS_MAX || list.iter().any(|(name, _)| bad(name)) {
-                    return Err("counters");
                 }
                 Ok(())
             }

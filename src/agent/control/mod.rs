@@ -5,7 +5,7 @@
 //! 3. `recv` takes one packet, decodes it completely and checks every length, count and range
 //!
 //! The order of a session: `Init` (with the DNS helper's descriptors), `Changes`… `Commit`, then `Ready` (with `tenc0` and
-//! the UDP sockets) from the agent; later more `Changes`… `Commit`, `Counters` from the agent; `Stop`, then `Stopped`.
+//! the UDP sockets) from the agent; later more `Changes`… `Commit`; `Stop`, then `Stopped`.
 //!
 //! Bytes and descriptors from the other end are hostile input on either side: what does not decode to the last byte,
 //! carries more descriptors than its type may, or breaks a stated limit is an error, never a panic. Descriptors that were

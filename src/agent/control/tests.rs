@@ -16,7 +16,6 @@ fn init() -> Init {
     Init {
         addresses: vec![OwnAddress { address: [10, 1, 0, 5].into(), secret: StaticSecret([7; 32]) }],
         port: 51820,
-        interface: "eth0".into(),
         link_mtu: 1450,
         zone: Some("shop.svc.cluster.local".into()),
         resolvers: vec![[10, 96, 0, 10].into()],
@@ -25,7 +24,6 @@ fn init() -> Init {
         inject: Inject::Auto,
         seed: Seed([9; 32]),
         rekey_after_s: None,
-        netdev_guard: true,
     }
 }
 
@@ -68,7 +66,7 @@ fn init_arrives_whole_with_its_descriptors_close_on_exec() {
     let ToAgent::Init(got) = message else { panic!("{message:?}") };
     assert_eq!(got.addresses[0].secret.0, [7; 32]);
     assert_eq!(got.seed.0, [9; 32]);
-    assert_eq!((got.port, got.dns_ports, got.netdev_guard), (51820, (20_000, 20_255), true));
+    assert_eq!((got.port, got.dns_ports), (51820, (20_000, 20_255)));
     assert_eq!(fds.len(), 2);
     for fd in &fds {
         assert!(fcntl_getfd(fd).unwrap().contains(FdFlags::CLOEXEC));
@@ -158,12 +156,9 @@ fn bytes_after_a_message_are_refused() {
 #[test]
 fn every_limit_of_init_holds_in_both_directions() {
     type Break = fn(&mut Init);
-    let breaks: [(&str, Break); 11] = [
+    let breaks: [(&str, Break); 8] = [
         ("no address", |i| i.addresses.clear()),
         ("port 0", |i| i.port = 0),
-        ("long interface", |i| i.interface = "a".repeat(16)),
-        ("interface with slash", |i| i.interface = "a/b".into()),
-        ("no interface", |i| i.interface.clear()),
         ("small mtu", |i| i.link_mtu = 575),
         ("empty zone", |i| i.zone = Some(String::new())),
         ("zone with space", |i| i.zone = Some("a b".into())),

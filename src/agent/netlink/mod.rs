@@ -75,6 +75,18 @@ impl Netlink {
         Ok(Self { transport: Transport::open()? })
     }
 
+    /// Everything that `request` asks for, of which `kind` is the name.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub(crate) fn dump(
+        &mut self,
+        request: &RouteNetlinkMessage,
+        kind: &'static str,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        self.transport.dump(request, kind)
+    }
+
     /// Adds a default route of the main table through the device `name`.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ const BATCH_MESSAGES: usize = 128;
 /// Tries of a dump that the kernel says was inconsistent.
 const DUMP_ATTEMPTS: usize = 8;
 
-/// What a request is about, for error messages.
+/// What a request is about, for error messages: `Display` shows no address, `Debug` does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
     /// A device.
@@ -54,10 +54,10 @@ impl fmt::Display for Object {
         let family = |ipv6: &bool| if *ipv6 { "IPv6" } else { "IPv4" };
         match self {
             Self::Link(name) => write!(f, "link {name}"),
-            Self::Route(to) => write!(f, "route to {to}"),
+            Self::Route(_) => f.write_str("route of a protected address"),
             Self::Default { table, ipv6 } => write!(f, "{} default route of table {table}", family(ipv6)),
             Self::Rule { priority, ipv6 } => write!(f, "{} rule {priority}", family(ipv6)),
-            Self::Address(address) => write!(f, "address {address}"),
+            Self::Address(_) => f.write_str("address of a device"),
             Self::All(kind) => f.write_str(kind),
         }
     }
@@ -305,10 +305,15 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_operation_and_object() {
+    fn errors_name_operation_and_object_but_no_address() {
         let object = Object::Rule { priority: 105, ipv6: true };
         let error = refused("add", object, io::Error::from_raw_os_error(libc::EINVAL));
         assert_eq!(error.to_string(), "cannot add IPv6 rule 105");
+        let address = IpAddr::from([10, 0, 0, 1]);
+        for object in [Object::Route(address), Object::Address(address)] {
+            let error = refused("add", object, io::Error::from_raw_os_error(libc::EINVAL));
+            assert!(!error.to_string().contains("10.0.0.1"), "{error}");
+        }
         let error = refused("add", Object::Link("tenc0".into()), io::Error::from_raw_os_error(libc::EPERM));
         assert_eq!(error.to_string(), "add link tenc0 needs CAP_NET_ADMIN: run as root");
     }

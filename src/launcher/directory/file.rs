@@ -181,8 +181,9 @@ fn report(scan: &Scan) {
             Problem::Unwatched { reason } => {
                 warn!(%reason, "the directory cannot be watched: changes are seen late");
             }
-            Problem::Malformed { file, reason } => {
+            Problem::Malformed { file, reason, detail } => {
                 warn!(file = %file.display(), %reason, "manifest not taken: its last good content stays");
+                debug!(file = %file.display(), %detail, "manifest not taken");
             }
         }
     }

@@ -79,8 +79,8 @@ pub(super) enum Problem {
     TooManyFiles,
     /// The folder cannot be watched: changes are seen at the next periodic scan.
     Unwatched { reason: String },
-    /// A file is malformed or unreadable; its last good content stays.
-    Malformed { file: PathBuf, reason: String },
+    /// A file is malformed or unreadable; its last good content stays. The detail has the file's own names and values.
+    Malformed { file: PathBuf, reason: String, detail: String },
 }
 
 /// What one scan found.
@@ -339,24 +339,23 @@ impl Folder {
         let syntax = syntax(&name).expect("only manifests are listed");
         let manifest = self.files.entry(name).or_default();
         manifest.fingerprint = reading.fingerprint;
-        let parsed = reading
-            .content
-            .as_ref()
-            .map_err(String::clone)
-            .and_then(|content| manifest::parse(content, syntax).map_err(|error| error.to_string()));
+        let parsed =
+            reading.content.as_ref().map_err(|reason| (reason.clone(), String::new())).and_then(|content| {
+                manifest::parse(content, syntax).map_err(|error| (error.to_string(), format!("{error:?}")))
+            });
         match parsed {
             Ok(objects) => {
                 scan.changed |= manifest.objects != objects;
                 manifest.objects = objects;
                 manifest.reported = None;
             }
-            Err(reason) => {
+            Err((reason, detail)) => {
                 let mut hasher = DefaultHasher::new();
                 (&reason, &reading.content).hash(&mut hasher);
                 let problem = Some(hasher.finish());
                 if manifest.reported != problem {
                     manifest.reported = problem;
-                    scan.problems.push(Problem::Malformed { file, reason });
+                    scan.problems.push(Problem::Malformed { file, reason, detail });
                 }
             }
         }

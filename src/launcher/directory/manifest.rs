@@ -29,7 +29,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 /// The label that ties a slice to its Service.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
-/// Why a manifest is malformed.
+/// Why a manifest is malformed. `Display` is for any log: it shows no name and no value; `Debug` does.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
     /// Not YAML, or beyond the budget.
@@ -51,7 +51,7 @@ pub enum ManifestError {
         kind: &'static str,
     },
     /// An object that does not have the shape of its kind.
-    #[error("{kind}: {reason}")]
+    #[error("a {kind} does not have the shape of its kind")]
     Shape {
         /// Its kind.
         kind: &'static str,
@@ -59,7 +59,7 @@ pub enum ManifestError {
         reason: String,
     },
     /// A value that means nothing.
-    #[error("{kind} {name}: `{value}` is not {expected}")]
+    #[error("a {kind} has a value that is not {expected}")]
     Value {
         /// The object's kind.
         kind: &'static str,

@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
+use crate::proto::is_unicast;
 
 pub mod file;
 mod folder;
@@ -322,26 +323,5 @@ impl VipBuilder {
 
 /// Whether our pod has the family of `address` and the address can belong to one pod, Service or node.
 fn usable(address: IpAddr, own: &[IpAddr]) -> bool {
-    own.iter().any(|own| own.is_ipv4() == address.is_ipv4()) && is_plain_unicast(address)
-}
-
-/// Neither loopback, link-local, multicast, broadcast, unspecified nor an IPv4 address in IPv6 clothes.
-#[must_use]
-pub fn is_plain_unicast(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            !(v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_multicast()
-                || v4.is_broadcast()
-                || v4.octets()[0] == 0)
-        }
-        IpAddr::V6(v6) => {
-            !(v6.is_loopback()
-                || v6.is_unicast_link_local()
-                || v6.is_multicast()
-                || v6.is_unspecified()
-                || v6.to_ipv4_mapped().is_some())
-        }
-    }
+    own.iter().any(|own| own.is_ipv4() == address.is_ipv4()) && is_unicast(address)
 }

@@ -371,6 +371,13 @@ fn malformed_manifests_are_refused_as_a_whole() {
     ] {
         assert!(parse(text.as_bytes(), Syntax::Yaml).is_err(), "{text}");
     }
+    for text in
+        [pod("secret", "", "phase: Running, podIP: 10.0.0.300"), pod("secret", "", "podIPs: 10.0.0.300")]
+    {
+        let error = parse(text.as_bytes(), Syntax::Yaml).unwrap_err();
+        assert!(!["secret", "10.0.0"].iter().any(|word| error.to_string().contains(word)), "{error}");
+        assert!(format!("{error:?}").contains("10.0.0.300"), "{error:?}");
+    }
     assert!(matches!(parse(b"\xff\xfe", Syntax::Yaml), Err(ManifestError::Yaml(_))));
     assert!(matches!(parse(b"{\"kind\":", Syntax::Json), Err(ManifestError::Json(_))));
 }

@@ -271,12 +271,6 @@ impl PodNetns {
         self.identity.inode
     }
 
-    /// Becomes readable when the process of `pid:N` ends.
-    #[must_use]
-    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
-        self.pidfd.as_ref().map(AsFd::as_fd)
-    }
-
     /// Whether the name or path leads elsewhere by now, or the process ended. Our own descriptor keeps the namespace
     /// alive, so nothing in the namespace would tell. A path that cannot be read for want of a privilege is not gone.
     #[must_use]

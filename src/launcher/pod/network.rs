@@ -1,7 +1,7 @@
 //! What the pod's network looks like before anything of ours is in it.
 //!
 //! 1. the interface is the device of the default route; without one, the only device besides `lo` that is up
-//! 2. its name, index, MTU and global addresses are read over netlink, on a thread inside the namespace
+//! 2. its name, MTU and global addresses are read over netlink, on a thread inside the namespace
 //! 3. the source ports of upstream DNS sockets are chosen outside the ports that the pod's applications are given
 //!
 //! May touch: one netlink socket and two files under `/proc/sys/net`, which follow the namespace of the reading thread.
@@ -12,19 +12,16 @@ use std::io;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{Socket, SocketAddr};
 
 use super::{PodError, PodNetns};
-use crate::launcher::directory::is_plain_unicast;
+use crate::agent::netlink::{self, Netlink};
+use crate::agent::tun;
+use crate::proto::is_unicast;
 
-/// Our own device, which a crashed predecessor may have left.
-const TUN_DEVICE: &str = "tenc0";
 /// Fewer ports than this are too few to hide a query in.
 const DNS_PORTS_MIN: usize = 1024;
 /// More ports than this add nothing, but take source ports from applications that choose their own.
@@ -33,8 +30,6 @@ const DNS_PORTS_MAX: u16 = 8192;
 const DNS_PORTS_BOUND: u16 = 256;
 /// Ports below are for servers.
 const UNPRIVILEGED: u16 = 1024;
-/// Largest part of a dump: the kernel fills 32 KiB at most.
-const DUMP_BUFFER: usize = 64 * 1024;
 
 /// Why a pod's network cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,13 +38,8 @@ pub enum NetworkError {
     #[error(transparent)]
     Netns(#[from] PodError),
     /// The kernel does not tell.
-    #[error("cannot read the {what} of the pod's network")]
-    Netlink {
-        /// Links, addresses or routes.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
+    #[error("cannot read the pod's network")]
+    Netlink(#[from] netlink::Error),
     /// A sysctl cannot be read.
     #[error("cannot read {path}")]
     Sysctl {
@@ -81,7 +71,7 @@ impl NetworkError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Netns(error) => error.exit_code(),
-            Self::Netlink { .. } | Self::Sysctl { .. } => 3,
+            Self::Netlink(_) | Self::Sysctl { .. } => 3,
             Self::NoInterface | Self::SeveralInterfaces { .. } | Self::NoAddress { .. } => 2,
         }
     }
@@ -101,8 +91,6 @@ pub struct DnsPorts {
 pub struct PodNetwork {
     /// Name of the device.
     pub interface: String,
-    /// Its index in the pod's namespace.
-    pub index: u32,
     /// Its MTU in bytes.
     pub mtu: u32,
     /// Its global unicast addresses, in the kernel's order, IPv4 first.
@@ -121,8 +109,8 @@ impl PodNetwork {
         netns.run(|| {
             let interface = Dump::read()?.interface()?;
             let dns_ports = dns_ports(&local_ports()?, tunnel_port);
-            let Interface { name, index, mtu, addresses } = interface;
-            Ok(Self { interface: name, index, mtu, addresses, dns_ports })
+            let Interface { name, mtu, addresses } = interface;
+            Ok(Self { interface: name, mtu, addresses, dns_ports })
         })?
     }
 }
@@ -130,7 +118,6 @@ impl PodNetwork {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Interface {
     name: String,
-    index: u32,
     mtu: u32,
     addresses: Vec<IpAddr>,
 }
@@ -149,35 +136,28 @@ struct Dump {
 
 impl Dump {
     fn read() -> Result<Self, NetworkError> {
-        let failed = |what| move |source| NetworkError::Netlink { what, source };
-        let mut netlink = Netlink::open().map_err(failed("devices"))?;
+        let mut netlink = Netlink::open()?;
         let mut dump = Self::default();
-        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        netlink
-            .dump(request, |message| {
-                if let RouteNetlinkMessage::NewLink(link) = message {
-                    dump.add_link(&link);
-                }
-            })
-            .map_err(failed("devices"))?;
-        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        netlink
-            .dump(request, |message| {
-                if let RouteNetlinkMessage::NewAddress(address) = message {
-                    dump.add_address(&address);
-                }
-            })
-            .map_err(failed("addresses"))?;
+        let links = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        for message in netlink.dump(&links, "links")? {
+            if let RouteNetlinkMessage::NewLink(link) = message {
+                dump.add_link(&link);
+            }
+        }
+        let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        for message in netlink.dump(&addresses, "addresses")? {
+            if let RouteNetlinkMessage::NewAddress(address) = message {
+                dump.add_address(&address);
+            }
+        }
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
-            netlink
-                .dump(RouteNetlinkMessage::GetRoute(request), |message| {
-                    if let RouteNetlinkMessage::NewRoute(route) = message {
-                        dump.add_route(&route);
-                    }
-                })
-                .map_err(failed("routes"))?;
+            for message in netlink.dump(&RouteNetlinkMessage::GetRoute(request), "routes")? {
+                if let RouteNetlinkMessage::NewRoute(route) = message {
+                    dump.add_route(&route);
+                }
+            }
         }
         Ok(dump)
     }
@@ -187,7 +167,7 @@ impl Dump {
         if !flags.contains(LinkFlags::Up) || flags.contains(LinkFlags::Loopback) {
             return;
         }
-        let mut device = Interface { index: link.header.index, ..Interface::default() };
+        let mut device = Interface::default();
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => device.name.clone_from(name),
@@ -195,8 +175,9 @@ impl Dump {
                 _ => {}
             }
         }
-        if device.name != TUN_DEVICE {
-            self.devices.insert(device.index, device);
+        // A predecessor that crashed may have left ours.
+        if device.name != tun::NAME {
+            self.devices.insert(link.header.index, device);
         }
     }
 
@@ -215,7 +196,7 @@ impl Dump {
         if let (Some(device), Some(ip)) = (self.devices.get_mut(&message.header.index), local.or(address))
             && global
             && !unusable
-            && is_plain_unicast(ip)
+            && is_unicast(ip)
             && !device.addresses.contains(&ip)
         {
             device.addresses.push(ip);
@@ -268,57 +249,6 @@ impl Dump {
             return Err(NetworkError::NoAddress { interface: device.name });
         }
         Ok(device)
-    }
-}
-
-/// A netlink socket in the calling thread's namespace.
-struct Netlink {
-    socket: Socket,
-    sequence: u32,
-    buffer: Vec<u8>,
-}
-
-impl Netlink {
-    fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Self { socket, sequence: 0, buffer: vec![0; DUMP_BUFFER] })
-    }
-
-    fn dump(
-        &mut self,
-        request: RouteNetlinkMessage,
-        mut each: impl FnMut(RouteNetlinkMessage),
-    ) -> io::Result<()> {
-        self.sequence += 1;
-        let mut message = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));
-        message.header.flags = NLM_F_DUMP | NLM_F_REQUEST;
-        message.header.sequence_number = self.sequence;
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
-        loop {
-            let len = self.socket.recv(&mut &mut self.buffer[..], 0)?;
-            let mut rest = &self.buffer[..len];
-            while !rest.is_empty() {
-                let message =
-                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
-                let step =
-                    usize::try_from(message.header.length).map_err(io::Error::other)?.next_multiple_of(4);
-                rest = rest.get(step..).unwrap_or_default();
-                if message.header.sequence_number != self.sequence {
-                    continue;
-                }
-                match message.payload {
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    NetlinkPayload::InnerMessage(inner) => each(inner),
-                    _ => {}
-                }
-            }
-        }
     }
 }
 
@@ -379,7 +309,7 @@ mod tests {
 
     fn device(index: u32, name: &str, addresses: &[&str]) -> (u32, Interface) {
         let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
-        (index, Interface { index, name: name.to_owned(), mtu: 1450, addresses })
+        (index, Interface { name: name.to_owned(), mtu: 1450, addresses })
     }
 
     #[test]
@@ -440,7 +370,7 @@ mod tests {
     #[test]
     fn without_a_default_route_the_only_device_is_taken() {
         let dump = |devices: Vec<_>| Dump { devices: devices.into_iter().collect(), ..Dump::default() };
-        assert_eq!(dump(vec![device(2, "eth0", &["10.0.0.1"])]).interface().unwrap().index, 2);
+        assert_eq!(dump(vec![device(2, "eth0", &["10.0.0.1"])]).interface().unwrap().name, "eth0");
         assert!(matches!(dump(vec![]).interface(), Err(NetworkError::NoInterface)));
         assert!(matches!(
             dump(vec![device(2, "eth0", &[])]).interface(),
