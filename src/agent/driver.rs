@@ -364,6 +364,10 @@ impl Driver {
         while let Some(query) = self.engine.poll_expired_query() {
             self.close_query(query);
         }
+        while let Some(stream) = self.engine.poll_broken_stream() {
+            self.streams.close(stream);
+            self.forget_closed_streams();
+        }
         while let Some((stream, message)) = self.engine.poll_stream() {
             self.streams.answer(stream, &message);
             self.answered.push(stream);
