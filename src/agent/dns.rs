@@ -181,6 +181,11 @@ impl Streams {
         }
     }
 
+    /// Closes a connection: the application asks again at once instead of waiting.
+    pub(super) fn close(&mut self, id: StreamId) {
+        self.streams.remove(&id);
+    }
+
     pub(super) fn contains(&self, id: StreamId) -> bool {
         self.streams.contains_key(&id)
     }

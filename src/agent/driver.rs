@@ -28,6 +28,7 @@ use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::routing::{Batch, BatchId, RouteChange};
 use crate::proto::{Captured, Engine, Now};
+use crate::wire::coalesce::MAX_SEGMENTS;
 use crate::wire::vnet::VNET_HEADER_LEN;
 
 /// Bursts taken from one descriptor before the others get their turn.
@@ -36,8 +37,11 @@ const TURN: usize = 64;
 const ROOM_WAIT_MS: u8 = 10;
 /// Events per wait.
 const EVENTS: usize = 32;
-/// IoSlices per injected packet: vnet header, first packet, up to 64 payloads.
-const PARTS: usize = 72;
+/// IoSlices per injected packet: the vnet header and every part of a train.
+const PARTS: usize = 1 + MAX_SEGMENTS;
+/// For sockets that are read and written until nothing moves.
+const EDGES: EpollFlags =
+    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT).union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
 
 /// What the loop needs; made by the agent's bring-up.
 pub(super) struct Kernel {
@@ -74,10 +78,8 @@ pub(super) struct Driver {
     channel: AgentChannel,
     listeners: Vec<TcpListener>,
     streams: Streams,
-    epoll: Epoll,
-    sources: BTreeMap<u64, Source>,
+    sources: Sources,
     query_tokens: BTreeMap<QueryId, u64>,
-    next_token: u64,
     changes: Vec<Change>,
     generation: Option<u64>,
     ready: bool,
@@ -98,7 +100,6 @@ impl Driver {
     /// # Errors
     /// epoll(7) is not to be had.
     pub(super) fn new(engine: Engine, mut kernel: Kernel, channel: AgentChannel) -> anyhow::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll")?;
         let mut listeners = Vec::new();
         if let Some((_, fds)) = &mut kernel.helper {
             for fd in fds.drain(..) {
@@ -111,10 +112,8 @@ impl Driver {
             channel,
             listeners,
             streams: Streams::new(),
-            epoll,
-            sources: BTreeMap::new(),
+            sources: Sources::new().context("epoll")?,
             query_tokens: BTreeMap::new(),
-            next_token: 0,
             changes: Vec::new(),
             generation: None,
             ready: false,
@@ -135,7 +134,7 @@ impl Driver {
         all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
         all.extend(self.kernel.arp.iter().map(|arp| (Source::Arp, arp.as_fd())));
         for (source, fd) in all {
-            watch(&self.epoll, &mut self.sources, &mut self.next_token, source, fd)?;
+            self.sources.add(source, fd, EpollFlags::EPOLLIN)?;
         }
         Ok(())
     }
@@ -148,14 +147,14 @@ impl Driver {
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let timeout = self.timeout();
-            let count = match self.epoll.wait(&mut events, timeout) {
+            let count = match self.sources.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => 0,
                 Err(error) => return Err(error).context("wait for events"),
             };
             let now = clocks();
             for event in &events[..count] {
-                let Some(&source) = self.sources.get(&event.data()) else { continue };
+                let Some(source) = self.sources.get(event.data()) else { continue };
                 if let Some(end) = self.handle(source, event.data(), now)? {
                     return Ok(end);
                 }
@@ -261,8 +260,7 @@ impl Driver {
             match self.streams.accept(client, &mut self.kernel.queries) {
                 Ok((stream, fds)) => {
                     for fd in fds {
-                        let (epoll, sources, next) = (&self.epoll, &mut self.sources, &mut self.next_token);
-                        if let Err(error) = watch_edges(epoll, sources, next, Source::Stream(stream), fd) {
+                        if let Err(error) = self.sources.add(Source::Stream(stream), fd, EDGES) {
                             warn!(%error, "cannot watch a DNS connection");
                         }
                     }
@@ -281,7 +279,8 @@ impl Driver {
 
     fn forget_closed_streams(&mut self) {
         let streams = &self.streams;
-        self.sources.retain(|_, source| !matches!(source, Source::Stream(id) if !streams.contains(*id)));
+        let is_closed = |source: &Source| matches!(source, Source::Stream(id) if !streams.contains(*id));
+        self.sources.by_token.retain(|_, source| !is_closed(source));
     }
 
     fn read_query(&mut self, query: QueryId, now: Now) {
@@ -297,7 +296,7 @@ impl Driver {
 
     fn close_query(&mut self, query: QueryId) {
         if let Some(token) = self.query_tokens.remove(&query) {
-            self.sources.remove(&token);
+            self.sources.remove(token);
         }
         self.kernel.queries.close(query);
     }
@@ -331,8 +330,8 @@ impl Driver {
                 Ok(Some(Received::Closed)) => {
                     // The launcher died. What is protected stays protected; only Stop or the namespace's end ends us.
                     info!("launcher is gone, going on");
-                    self.epoll.delete(&self.channel).context("forget the channel")?;
-                    self.sources.remove(&token);
+                    self.sources.epoll.delete(&self.channel).context("forget the channel")?;
+                    self.sources.remove(token);
                     return Ok(None);
                 }
                 Ok(None) => return Ok(None),
@@ -350,9 +349,8 @@ impl Driver {
             let query = forward.query;
             match self.kernel.queries.forward(forward) {
                 Ok(fd) => {
-                    let (sources, next) = (&mut self.sources, &mut self.next_token);
-                    let token = watch(&self.epoll, sources, next, Source::Query(query), fd)
-                        .context("watch a query")?;
+                    let source = Source::Query(query);
+                    let token = self.sources.add(source, fd, EpollFlags::EPOLLIN).context("watch a query")?;
                     self.query_tokens.insert(query, token);
                 }
                 Err(error) => {
@@ -363,6 +361,10 @@ impl Driver {
         }
         while let Some(query) = self.engine.poll_expired_query() {
             self.close_query(query);
+        }
+        while let Some(stream) = self.engine.poll_broken_stream() {
+            self.streams.close(stream);
+            self.forget_closed_streams();
         }
         while let Some((stream, message)) = self.engine.poll_stream() {
             self.streams.answer(stream, &message);
@@ -399,12 +401,17 @@ impl Driver {
                 None => {
                     let header = packet.vnet.encode();
                     let mut parts = [IoSlice::new(&[]); PARTS];
-                    parts[0] = IoSlice::new(&header[..VNET_HEADER_LEN]);
-                    let ranges = packet.parts.iter().take(PARTS - 1);
-                    for (slot, range) in parts[1..].iter_mut().zip(ranges) {
-                        *slot = IoSlice::new(&packet.buffer[range.clone()]);
+                    match parts.get_mut(..=packet.parts.len()) {
+                        Some(parts) => {
+                            parts[0] = IoSlice::new(&header[..VNET_HEADER_LEN]);
+                            for (slot, range) in parts[1..].iter_mut().zip(packet.parts) {
+                                *slot = IoSlice::new(&packet.buffer[range.clone()]);
+                            }
+                            write_all(&self.kernel.tun, parts)
+                        }
+                        // Refused rather than cut.
+                        None => Err(io::ErrorKind::InvalidInput.into()),
                     }
-                    write_all(&self.kernel.tun, &parts[..=packet.parts.len().min(PARTS - 1)])
                 }
                 Some(raw) => {
                     let mut whole: Vec<u8> = Vec::new();
@@ -458,41 +465,35 @@ impl Driver {
     }
 }
 
-fn watch(
-    epoll: &Epoll,
-    sources: &mut BTreeMap<u64, Source>,
-    next: &mut u64,
-    source: Source,
-    fd: BorrowedFd<'_>,
-) -> nix::Result<u64> {
-    add(epoll, sources, next, source, fd, EpollFlags::EPOLLIN)
+/// Every descriptor that is waited for, by the token its events bear.
+struct Sources {
+    epoll: Epoll,
+    by_token: BTreeMap<u64, Source>,
+    next: u64,
 }
 
-/// For sockets that are read and written until nothing moves.
-fn watch_edges(
-    epoll: &Epoll,
-    sources: &mut BTreeMap<u64, Source>,
-    next: &mut u64,
-    source: Source,
-    fd: BorrowedFd<'_>,
-) -> nix::Result<u64> {
-    let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-    add(epoll, sources, next, source, fd, flags)
-}
+impl Sources {
+    fn new() -> nix::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self { epoll, by_token: BTreeMap::new(), next: 0 })
+    }
 
-fn add(
-    epoll: &Epoll,
-    sources: &mut BTreeMap<u64, Source>,
-    next: &mut u64,
-    source: Source,
-    fd: BorrowedFd<'_>,
-    flags: EpollFlags,
-) -> nix::Result<u64> {
-    let token = *next;
-    *next += 1;
-    epoll.add(fd, EpollEvent::new(flags, token))?;
-    sources.insert(token, source);
-    Ok(token)
+    /// Waits for `flags` of `fd`; a closed descriptor leaves by itself, its token by [`Self::remove`].
+    fn add(&mut self, source: Source, fd: BorrowedFd<'_>, flags: EpollFlags) -> nix::Result<u64> {
+        let token = self.next;
+        self.next += 1;
+        self.epoll.add(fd, EpollEvent::new(flags, token))?;
+        self.by_token.insert(token, source);
+        Ok(token)
+    }
+
+    fn remove(&mut self, token: u64) {
+        self.by_token.remove(&token);
+    }
+
+    fn get(&self, token: u64) -> Option<Source> {
+        self.by_token.get(&token).copied()
+    }
 }
 
 /// Sends a train; returns how many datagrams the kernel refused.

@@ -136,12 +136,6 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Whether the table at the device's egress is there; without it, frames of packet sockets are not guarded.
-    #[must_use]
-    pub fn has_egress(&self) -> bool {
-        self.egress
-    }
-
     /// Adds `addresses` to the sets; those that are there already are fine.
     ///
     /// # Errors
@@ -162,25 +156,6 @@ impl Guard {
         batch.elements(Change::Add, addresses);
         batch.elements(Change::Delete, addresses);
         self.commit(batch)
-    }
-
-    /// Makes the sets hold exactly `addresses`, with no moment in between.
-    ///
-    /// # Errors
-    /// See [`Error`]; after one, no set has changed.
-    pub fn replace(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
-        let mut batch = self.begin();
-        batch.flush();
-        batch.elements(Change::Add, addresses);
-        self.commit(batch)
-    }
-
-    /// Empties the sets.
-    ///
-    /// # Errors
-    /// See [`Error`]; after one, no set has changed.
-    pub fn flush(&mut self) -> Result<(), Error> {
-        self.replace(&[])
     }
 
     fn begin(&self) -> Batch {
@@ -288,15 +263,6 @@ impl Batch {
         }
     }
 
-    fn flush(&mut self) {
-        for family in self.families {
-            for ipv6 in [false, true] {
-                // A deletion that names no element deletes all.
-                self.message("flush", DELETE_ELEMENTS, 0, Set { family: *family, ipv6 }, &[]);
-            }
-        }
-    }
-
     fn message(&mut self, operation: &'static str, kind: u16, flags: u16, set: Set, addresses: &[&IpAddr]) {
         let bytes = &mut self.bytes;
         self.messages.push((operation, set));
@@ -305,22 +271,20 @@ impl Batch {
         self.newest = open_message(bytes, kind, FLAG_REQUEST | flags, sequence, set.family as u8, 0);
         put_string(bytes, ATTR_LIST_TABLE, TABLE);
         put_string(bytes, ATTR_LIST_SET, set.name());
-        if !addresses.is_empty() {
-            let list = open_attribute(bytes, ATTR_LIST_ELEMENTS | NESTED);
-            for address in addresses {
-                let item = open_attribute(bytes, ATTR_LIST_ITEM | NESTED);
-                let key = open_attribute(bytes, ATTR_ELEMENT_KEY | NESTED);
-                let value = open_attribute(bytes, ATTR_DATA_VALUE);
-                match address {
-                    IpAddr::V4(a) => bytes.extend(a.octets()),
-                    IpAddr::V6(a) => bytes.extend(a.octets()),
-                }
-                for start in [value, key, item] {
-                    close_attribute(bytes, start);
-                }
+        let list = open_attribute(bytes, ATTR_LIST_ELEMENTS | NESTED);
+        for address in addresses {
+            let item = open_attribute(bytes, ATTR_LIST_ITEM | NESTED);
+            let key = open_attribute(bytes, ATTR_ELEMENT_KEY | NESTED);
+            let value = open_attribute(bytes, ATTR_DATA_VALUE);
+            match address {
+                IpAddr::V4(a) => bytes.extend(a.octets()),
+                IpAddr::V6(a) => bytes.extend(a.octets()),
             }
-            close_attribute(bytes, list);
+            for start in [value, key, item] {
+                close_attribute(bytes, start);
+            }
         }
+        close_attribute(bytes, list);
         close_message(bytes, self.newest);
     }
 
@@ -449,8 +413,10 @@ mod tests {
     #[test]
     fn without_an_egress_table_only_the_inet_sets_change() {
         let mut batch = Batch::new(1, false);
-        batch.flush();
-        assert!(batch.finish().1.iter().all(|(_, set)| set.family == Family::Inet));
+        batch.elements(Change::Delete, &["10.0.0.3".parse().unwrap(), "fd00::3".parse().unwrap()]);
+        let (_, messages) = batch.finish();
+        assert_eq!(messages.len(), 2);
+        assert!(messages.iter().all(|(_, set)| set.family == Family::Inet));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! answer, and where the kernel answers too, the second reply says the same.
 //!
 //! 1. a packet socket brings the ARP requests for OWN on the pod's device, and nothing else (classic BPF filter)
-//! 2. [`reply`] decides and builds the answer
+//! 2. `reply` decides and builds the answer
 //! 3. the answer leaves by the same socket
 //!
 //! IPv6 needs none of this: it has no rp_filter, and neighbour advertisements are sent without a route look-up.
@@ -24,7 +24,7 @@ use socket2::SockFilter;
 use crate::sys::packet;
 
 /// Ethernet header and ARP packet for IPv4.
-pub const FRAME_LEN: usize = 42;
+const FRAME_LEN: usize = 42;
 
 const ETHERTYPE_ARP: u16 = 0x0806;
 /// Hardware type Ethernet, protocol IPv4, address lengths 6 and 4.
@@ -51,24 +51,23 @@ impl ArpResponder {
         Ok(Self { fd: packet::open(index, ETHERTYPE_ARP, &filter(own))?, own, mac })
     }
 
-    /// Answers what is queued, at most a batch of it; returns the number of answers.
+    /// Answers what is queued, at most a batch of it.
     ///
     /// # Errors
     /// The device's, `ENETDOWN` among them.
-    pub fn answer(&self, is_protected: impl Fn(Ipv4Addr) -> bool) -> io::Result<usize> {
-        let (mut frame, mut answers) = ([0; FRAME_LEN], 0);
+    pub fn answer(&self, is_protected: impl Fn(Ipv4Addr) -> bool) -> io::Result<()> {
+        let mut frame = [0; FRAME_LEN];
         for _ in 0..BATCH {
             let len = match nix::unistd::read(&self.fd, &mut frame) {
                 Ok(len) => len,
                 Err(nix::Error::EAGAIN) => break,
                 Err(error) => return Err(error.into()),
             };
-            if let Some(answer) = reply(&frame[..len], &[self.own], self.mac, &is_protected) {
+            if let Some(answer) = reply(&frame[..len], self.own, self.mac, &is_protected) {
                 nix::unistd::write(&self.fd, &answer)?;
-                answers += 1;
             }
         }
-        Ok(answers)
+        Ok(())
     }
 }
 
@@ -78,10 +77,10 @@ impl AsFd for ArpResponder {
     }
 }
 
-/// The answer to `request`, an Ethernet frame, where it is an ARP request from a protected address for one of `own`.
-pub fn reply(
+/// The answer to `request`, an Ethernet frame, where it is an ARP request from a protected address for `own`.
+fn reply(
     request: &[u8],
-    own: &[Ipv4Addr],
+    own: Ipv4Addr,
     mac: [u8; 6],
     is_protected: impl Fn(Ipv4Addr) -> bool,
 ) -> Option<[u8; FRAME_LEN]> {
@@ -94,8 +93,8 @@ pub fn reply(
         && frame[20..22] == REQUEST
         && asker_mac[0] & 1 == 0
         && asker_mac != mac
-        && own.contains(&wanted)
-        && !own.contains(&asker)
+        && wanted == own
+        && asker != own
         && is_protected(asker);
     answered.then(|| {
         let mut answer = *frame;
@@ -151,7 +150,7 @@ mod tests {
     }
 
     fn answer(frame: &[u8]) -> Option<[u8; FRAME_LEN]> {
-        reply(frame, &[OWN], MAC, |address| address == PEER)
+        reply(frame, OWN, MAC, |address| address == PEER)
     }
 
     #[test]
@@ -177,7 +176,7 @@ mod tests {
     fn whoever_is_not_protected_or_wants_another_gets_no_answer() {
         assert_eq!(answer(&request(Ipv4Addr::new(10, 0, 0, 9), OWN)), None);
         assert_eq!(answer(&request(PEER, Ipv4Addr::new(10, 0, 0, 9))), None);
-        assert_eq!(reply(&request(OWN, OWN), &[OWN], MAC, |_| true), None);
+        assert_eq!(reply(&request(OWN, OWN), OWN, MAC, |_| true), None);
     }
 
     #[test]

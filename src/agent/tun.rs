@@ -71,12 +71,6 @@ impl Tun {
         Ok(Self { fd: device.fd, offloads: device.offloads })
     }
 
-    /// Goes on with a descriptor that the launcher kept.
-    #[must_use]
-    pub fn inherited(fd: OwnedFd, offloads: u32) -> Self {
-        Self { fd, offloads }
-    }
-
     /// The `TUN_F_*` bits the kernel granted: 0 means that every packet comes whole and with its checksum complete.
     #[must_use]
     pub fn offloads(&self) -> u32 {
@@ -97,24 +91,6 @@ impl Tun {
     /// `EINVAL` for a header the kernel does not understand, `EIO` while the device is down, `EBADFD` when it was deleted.
     pub fn write_vectored(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         Ok(nix::sys::uio::writev(&self.fd, parts)?)
-    }
-
-    /// A second descriptor of the same queue, for the launcher to keep.
-    ///
-    /// # Errors
-    /// `EMFILE`.
-    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
-        self.fd.try_clone()
-    }
-
-    /// Lets the device go with its last descriptor, and closes this one.
-    ///
-    /// Where another descriptor lives on, [`super::netlink::Netlink::delete_link`] removes the device at once.
-    ///
-    /// # Errors
-    /// `EBADFD` when it was deleted already.
-    pub fn destroy(self) -> io::Result<()> {
-        tun::set_persistent(&self.fd, false)
     }
 }
 

@@ -87,7 +87,6 @@ pub struct TunnelSocket {
     fd: OwnedFd,
     /// Destinations whose device or route refused a train.
     plain: BTreeSet<IpAddr>,
-    gro: bool,
 }
 
 impl TunnelSocket {
@@ -106,26 +105,14 @@ impl TunnelSocket {
         sys::set_mtu_probe(&socket, own.is_ipv6()).map_err(fail("set DF on"))?;
         sys::set_buffers(&socket, TUNNEL_BUFFER).map_err(fail("enlarge the buffers of"))?;
         socket.set_nonblocking(true).map_err(fail("unblock"))?;
-        let gro = sys::enable_gro(&socket).is_ok();
+        // Without it datagrams come one by one.
+        let _ = sys::enable_gro(&socket);
         socket.bind(&own.into()).map_err(|source| match errno(&source) {
             Errno::EADDRINUSE => Error::InUse { address: own, owner: owner_of_port(own) },
             Errno::EADDRNOTAVAIL => Error::NotOurs(own.ip()),
             _ => fail("bind")(source),
         })?;
-        Ok(Self { fd: socket.into(), plain: BTreeSet::new(), gro })
-    }
-
-    /// Goes on with a descriptor that the launcher kept.
-    #[must_use]
-    pub fn inherited(fd: OwnedFd) -> Self {
-        let gro = sys::enable_gro(&fd).is_ok();
-        Self { fd, plain: BTreeSet::new(), gro }
-    }
-
-    /// Whether the kernel joins datagrams of one sender.
-    #[must_use]
-    pub fn has_gro(&self) -> bool {
-        self.gro
+        Ok(Self { fd: socket.into(), plain: BTreeSet::new() })
     }
 
     /// Sends `bytes` to `to`: one datagram or, with `segment`, as many of that size as it takes (the last may be shorter).
@@ -157,14 +144,6 @@ impl TunnelSocket {
     /// `WouldBlock` when nothing is queued.
     pub fn recv(&self, buffer: &mut [u8]) -> io::Result<Received> {
         sys::recv(&self.fd, buffer)
-    }
-
-    /// A second descriptor of the same socket, for the launcher to keep.
-    ///
-    /// # Errors
-    /// `EMFILE`.
-    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
-        self.fd.try_clone()
     }
 
     fn send_train(&mut self, to: SocketAddr, chunk: &[u8], size: usize) -> Result<usize, SendError> {

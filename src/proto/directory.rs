@@ -191,12 +191,6 @@ impl Directory {
         served.until.is_none_or(|until| until > now.instant).then_some(served.target)
     }
 
-    /// Whether `address` is a VIP that we serve at least one port of, or did so within the last minute.
-    #[must_use]
-    pub fn serves(&self, vip: IpAddr) -> bool {
-        self.served.range((vip, 0, 0)..=(vip, u8::MAX, u16::MAX)).next().is_some()
-    }
-
     /// The VIP with this address.
     #[must_use]
     pub fn vip(&self, address: IpAddr) -> Option<&Vip> {

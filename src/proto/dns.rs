@@ -83,6 +83,7 @@ pub struct Dns {
     next: u64,
     held: VecDeque<Held>,
     expired: Vec<QueryId>,
+    broken: Vec<StreamId>,
 }
 
 impl Dns {
@@ -98,6 +99,7 @@ impl Dns {
             next: 0,
             held: VecDeque::new(),
             expired: Vec::new(),
+            broken: Vec::new(),
         }
     }
 
@@ -271,7 +273,7 @@ impl Dns {
 
     /// Forgets queries and held answers whose time is over; returns how many.
     pub fn handle_timeout(&mut self, now: Now) -> u64 {
-        let expired = &mut self.expired;
+        let (expired, broken) = (&mut self.expired, &mut self.broken);
         let before = self.pending.len() + self.held.len();
         self.pending.retain(|id, pending| {
             let live = pending.deadline > now.instant;
@@ -280,13 +282,24 @@ impl Dns {
             }
             live
         });
-        self.held.retain(|held| held.deadline > now.instant);
+        self.held.retain(|held| {
+            let live = held.deadline > now.instant;
+            if let (false, Asker::Stream(stream)) = (live, held.asker) {
+                broken.push(stream);
+            }
+            live
+        });
         (before - self.pending.len() - self.held.len()) as u64
     }
 
     /// The next query whose socket is to be closed because nobody answered it.
     pub fn poll_expired(&mut self) -> Option<QueryId> {
         self.expired.pop()
+    }
+
+    /// The next TCP connection that is to be closed because one of its answers was forgotten.
+    pub fn poll_broken(&mut self) -> Option<StreamId> {
+        self.broken.pop()
     }
 
     /// When `handle_timeout` has work.

@@ -332,6 +332,11 @@ impl Engine {
         self.dns.poll_expired()
     }
 
+    /// The next TCP connection that is to be closed because one of its answers will not come.
+    pub fn poll_broken_stream(&mut self) -> Option<StreamId> {
+        self.dns.poll_broken()
+    }
+
     /// The next changes for the control thread.
     pub fn poll_batch(&mut self) -> Option<Batch> {
         self.routing.poll_batch()

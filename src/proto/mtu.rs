@@ -2,10 +2,7 @@
 
 use std::net::IpAddr;
 
-/// Transport header (16) and authentication tag (16) of a sealed packet, in bytes.
-pub const RECORD_HEADER: usize = 16;
-/// Length of the authentication tag, in bytes.
-pub const RECORD_TAG: usize = 16;
+pub use super::noise::{HEADER_LEN as RECORD_HEADER, TAG_LEN as RECORD_TAG};
 
 /// Most bytes in one train of datagrams. With the headers of an overlay (VXLAN, Geneve with options) before it, a longer
 /// one passes 65,535 bytes and is cut in software on the way, which costs half the throughput.

@@ -92,10 +92,6 @@ pub struct Flow {
     seen: u8,
 }
 
-/// Index of a flow in the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlowId(u32);
-
 const SEEN_OUT: u8 = 1;
 const SEEN_IN: u8 = 2;
 const FIN_OUT: u8 = 4;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use etherparse::{IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 
 use super::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
+use super::dns::StreamId;
 use super::drop::DropReason;
 use super::noise::{Identity, Options, PresharedKey, StaticSecret};
 use super::routing::Batch;
@@ -369,6 +370,30 @@ fn dns_answer_is_held_until_its_route_exists_and_is_released_byte_for_byte() {
     assert_eq!(bytes, reply);
     assert_eq!(read(&got[0]).2[..2], [0xab, 0xcd]);
     assert_eq!(network.dropped(0, DropReason::DnsMalformed), 1);
+}
+
+#[test]
+fn a_dns_connection_whose_answer_never_gets_its_route_is_closed() {
+    let mut network = Network::project();
+    network.nodes[0].applies = false;
+    let [waits, other] = [StreamId(7), StreamId(8)];
+    let now = network.now;
+    let engine = &mut network.nodes[0].engine;
+    assert!(engine.handle_stream_answer(
+        waits,
+        answer(&query("new.shop.svc.cluster.local"), [10, 96, 0, 99]),
+        now
+    ));
+    assert!(engine.handle_stream_answer(other, answer(&query("example.com"), [192, 0, 2, 1]), now));
+    assert_eq!(engine.poll_stream().map(|(stream, _)| stream), Some(other));
+    network.advance(Duration::from_millis(4900));
+    assert_eq!(network.nodes[0].engine.poll_broken_stream(), None);
+    network.advance(Duration::from_millis(200));
+    let engine = &mut network.nodes[0].engine;
+    assert_eq!(engine.poll_broken_stream(), Some(waits));
+    assert_eq!(engine.poll_broken_stream(), None);
+    assert!(engine.poll_stream().is_none());
+    assert_eq!(network.dropped(0, DropReason::DnsTimeout), 1);
 }
 
 #[test]

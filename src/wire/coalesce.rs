@@ -19,8 +19,8 @@ use super::{read16, read32, write16};
 
 /// Longest train in bytes, IP header included: the kernel's limit of 65,535 with the same margin as for capture.
 const MAX_TRAIN: usize = 61_000;
-/// Most packets of one train; the kernel takes 64 UDP segments since 4.18.
-const MAX_SEGMENTS: usize = 64;
+/// Most packets, and so parts, of one train; the kernel takes 64 UDP segments since 4.18.
+pub const MAX_SEGMENTS: usize = 64;
 /// Trains that still accept packets; a burst rarely interleaves more flows, and the search is linear.
 const MAX_OPEN: usize = 8;
 const DONT_FRAGMENT: u8 = 0x40;

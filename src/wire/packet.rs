@@ -234,17 +234,6 @@ impl Packet {
         }
     }
 
-    /// The identifier of an echo request or reply.
-    #[must_use]
-    pub fn icmp_echo_id(&self, bytes: &[u8]) -> Option<u16> {
-        let (kind, _) = self.icmp_type_code(bytes)?;
-        let echo = match self.version {
-            Version::V4 => matches!(kind, 0 | 8),
-            Version::V6 => matches!(kind, 128 | 129),
-        };
-        if echo { read16(self.transport_header(bytes)?, 4) } else { None }
-    }
-
     /// True of ICMP messages that quote the packet which caused them.
     #[must_use]
     pub fn is_icmp_error(&self, bytes: &[u8]) -> bool {

@@ -14,12 +14,10 @@ use nix::errno::Errno;
 
 use super::request::Request;
 use super::{Error, Netlink, Object, family, host_len};
-use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN};
+use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
 
 /// Largest super-packet, so that one read of `tenc0` is one send with UDP_SEGMENT.
 const GSO_MAX_SIZE: u32 = 61_000;
-/// What sealing adds to each segment, in bytes.
-const RECORD_OVERHEAD: u32 = 32;
 const TX_QUEUE_LEN: u32 = 500;
 
 /// A device.
@@ -236,6 +234,7 @@ fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
 
 /// Most segments of a super-packet: sealed, they still fit one train.
 fn max_segments(mtu: u32) -> u32 {
-    let [train, most] = [MAX_TRAIN, MAX_SEGMENTS].map(|n| u32::try_from(n).expect("below 65,536"));
-    (train / (mtu + RECORD_OVERHEAD)).clamp(1, most)
+    let [train, most, record] = [MAX_TRAIN, MAX_SEGMENTS, RECORD_HEADER + RECORD_TAG]
+        .map(|n| u32::try_from(n).expect("below 65,536"));
+    (train / (mtu + record)).clamp(1, most)
 }

@@ -185,15 +185,6 @@ impl Netlink {
         Ok(found)
     }
 
-    /// Makes connected IPv6 sockets look up their route again: without it they keep a cached one after a route is added.
-    /// IPv4 does so by itself.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn flush_route_caches(&mut self) -> Result<(), Error> {
-        self.transport.batch(flush_requests())
-    }
-
     /// Removes every rule of ours and every route of T and T53, in the reverse order of bring-up.
     ///
     /// # Errors
@@ -348,6 +339,8 @@ fn delete_rule(message: RuleMessage) -> Request {
     }
 }
 
+/// Makes connected IPv6 sockets look up their route again: without it they keep a cached one after a route is added.
+/// IPv4 does so by itself.
 fn flush_requests() -> Vec<Request> {
     let mut message = RuleMessage::default();
     message.header.family = AddressFamily::Inet6;

@@ -60,7 +60,7 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
 
 fn touch(bytes: &[u8], packet: &Packet, vnet: &VnetHeader) {
     let _ = (packet.ports(bytes), packet.tcp_flags(bytes), packet.tcp_header_len(bytes));
-    let _ = (packet.icmp_type_code(bytes), packet.icmp_echo_id(bytes), packet.is_icmp_error(bytes));
+    let _ = (packet.icmp_type_code(bytes), packet.is_icmp_error(bytes));
     let _ = (transport_checksum_ok(bytes, packet), sum(bytes));
     if let Some(quote) = packet.embedded(bytes).and_then(|range| bytes.get(range)) {
         let _ = Packet::parse_embedded(quote).map(|embedded| embedded.ports(quote));

@@ -173,7 +173,6 @@ fn icmp_of_each_family_is_read() {
     for version in BOTH {
         let bytes = echo(ip(version, Shape::Extended), 0xbeef, b"ping");
         let packet = Packet::parse(&bytes).unwrap();
-        assert_eq!(packet.icmp_echo_id(&bytes), Some(0xbeef));
         assert_eq!(
             packet.icmp_type_code(&bytes),
             Some(if version == Version::V4 { (8, 0) } else { (128, 0) })
