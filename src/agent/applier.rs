@@ -114,14 +114,19 @@ impl Kernel {
                     let routes: Vec<_> = addresses.iter().filter_map(|to| self.route(*to)).collect();
                     self.netlink.protect(&routes)?;
                 }
-                RouteChange::Prohibit(_) => self.netlink.prohibit(&addresses)?,
+                RouteChange::Prohibit(_) => self.netlink.prohibit(&self.routed(&addresses))?,
                 RouteChange::Release(_) => {
-                    self.netlink.unprotect(&addresses)?;
+                    self.netlink.unprotect(&self.routed(&addresses))?;
                     self.guard.remove(&addresses)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// The addresses that have routes.
+    fn routed(&self, addresses: &[IpAddr]) -> Vec<IpAddr> {
+        addresses.iter().copied().filter(|to| self.route(*to).is_some()).collect()
     }
 
     /// None: an address of a family that we do not have; its guard element alone keeps it closed.

@@ -26,7 +26,6 @@ use super::tun::Tun;
 use super::udp::TunnelSocket;
 use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
-use crate::proto::routing::{Batch, BatchId, RouteChange};
 use crate::proto::{Captured, Engine, Now};
 use crate::wire::coalesce::MAX_SEGMENTS;
 use crate::wire::vnet::VNET_HEADER_LEN;
@@ -53,8 +52,6 @@ pub(super) struct Kernel {
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
-    /// Addresses that a former agent protected.
-    pub(super) stale: Vec<IpAddr>,
 }
 
 /// Who a ready descriptor belongs to.
@@ -212,7 +209,14 @@ impl Driver {
                     }
                 }
                 Err(error) if is_transient(&error) => break,
-                Err(error) => return Err(error).context("read tenc0: the device is gone"),
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
+                    return Err(error).context("read tenc0: the device is gone");
+                }
+                // One packet that the kernel cannot describe; it is consumed.
+                Err(error) => {
+                    debug!(%error, "packet not read");
+                    self.engine.count_refused(1);
+                }
             }
         }
         Ok(())
@@ -284,14 +288,16 @@ impl Driver {
     }
 
     fn read_query(&mut self, query: QueryId, now: Now) {
-        while self.engine.is_dns_pending(query) {
+        for _ in 0..TURN {
             match self.kernel.queries.read(query) {
                 Answer::Message(message) => self.engine.handle_dns_answer(query, message, now),
                 Answer::Refused => self.engine.handle_dns_refused(query),
                 Answer::Nothing => return,
             }
+            if !self.engine.is_dns_pending(query) {
+                return self.close_query(query);
+            }
         }
-        self.close_query(query);
     }
 
     fn close_query(&mut self, query: QueryId) {
@@ -447,13 +453,6 @@ impl Driver {
         kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
         self.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
         self.ready = true;
-        let stale = std::mem::take(&mut self.kernel.stale).into_iter();
-        let changes: Vec<_> =
-            stale.filter(|address| !self.engine.is_protected(*address)).map(RouteChange::Release).collect();
-        if !changes.is_empty() {
-            // Nobody waits for this batch: the engine numbers its own from 1.
-            self.kernel.applier.submit(Batch { id: BatchId(0), changes });
-        }
         info!(generation, "protected");
         Ok(())
     }
@@ -535,7 +534,7 @@ fn is_transient(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(libc::EIO)
 }
 
-fn clocks() -> Now {
+pub(super) fn clocks() -> Now {
     let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Now { instant: Instant::now(), wall }
 }

@@ -72,9 +72,14 @@ pub fn run(channel: OwnedFd) -> anyhow::Result<ExitKind> {
         Received::Message(..) => bail!("the launcher's first message was not Init"),
         Received::Closed => bail!("the launcher is gone"),
     };
-    let (engine, kernel) = match bring_up(&init, descriptors) {
+    // Before tenc0 is ours, nothing was made: what is there is somebody else's.
+    let mut opened = false;
+    let (engine, kernel) = match bring_up(&init, descriptors, &mut opened) {
         Ok(made) => made,
-        Err(error) => return Ok(fail(&channel, remove_everything(), &error)),
+        Err(error) => {
+            let removed = if opened { remove_everything() } else { Ok(()) };
+            return Ok(fail(&channel, removed, &error));
+        }
     };
     let mut driver = Driver::new(engine, kernel, channel)?;
     let end = driver.run()?;
@@ -92,7 +97,7 @@ pub fn run(channel: OwnedFd) -> anyhow::Result<ExitKind> {
     }
 }
 
-fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, Kernel)> {
+fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow::Result<(Engine, Kernel)> {
     let own: Vec<IpAddr> = init.addresses.iter().map(|own| own.address).collect();
     let dns_ports = init.dns_ports.0..=init.dns_ports.1;
     let mut netlink = Netlink::open()?;
@@ -108,6 +113,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
     let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
     let tun = Tun::open()?;
+    *opened = true;
     netlink.set_up_tun(tun::NAME, tun_mtu(init.link_mtu, &own))?;
     let capture = Capture {
         own: own.clone(),
@@ -126,7 +132,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
     rng.fill_bytes(&mut engine_seed);
     let facts = RouteFacts { own, link_mtu: init.link_mtu };
     let mut descriptors = descriptors.into_iter();
-    let engine = Engine::new(Config {
+    let mut engine = Engine::new(Config {
         identities: init
             .addresses
             .iter()
@@ -142,6 +148,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,
         dns_gate: crate::fault::dns_gate(),
     });
+    engine.adopt(&stale, driver::clocks());
     let kernel = Kernel {
         tun,
         sockets,
@@ -149,7 +156,6 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Engine, K
         applier: Applier::start(guard, netlink, facts)?,
         helper: descriptors.next().map(|tun| (tun, descriptors.collect())),
         arp,
-        stale,
         queries: Queries::new(dns_ports, held, rng),
     };
     Ok((engine, kernel))
@@ -192,7 +198,7 @@ fn arp_responder(netlink: &mut Netlink, own: &[IpAddr]) -> Option<ArpResponder> 
 pub(crate) fn remove_everything() -> anyhow::Result<()> {
     let mut netlink = Netlink::open()?;
     netlink.tear_down()?;
-    netlink.delete_link(tun::NAME)?;
+    netlink.delete_tun(tun::NAME)?;
     Ok(())
 }
 

@@ -111,6 +111,10 @@ pub struct Count {
     pub bytes: u64,
 }
 
+/// What nft says where the kernel, or nft itself, has no egress hook. Any other refusal is an error: the guard is never
+/// weaker by accident.
+const NO_EGRESS: [&str; 3] = ["Operation not supported", "unknown chain hook", "Protocol not supported"];
+
 /// Loads the skeleton into the network namespace `netns`, or replaces the rules of the one that is there.
 ///
 /// # Errors
@@ -118,7 +122,7 @@ pub struct Count {
 pub fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
     match nft(netns, "load", &["-f", "-"], &ruleset(skeleton, true)) {
         Ok(_) => Ok(Loaded::Full),
-        Err(Error::Refused { stderr, .. }) => {
+        Err(Error::Refused { stderr, .. }) if NO_EGRESS.iter().any(|words| stderr.contains(words)) => {
             nft(netns, "load", &["-f", "-"], &ruleset(skeleton, false))?;
             Ok(Loaded::WithoutEgress(stderr))
         }

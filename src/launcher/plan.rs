@@ -53,6 +53,12 @@ impl Plan {
         let manifests =
             Manifests::open(&arguments.directory).map_err(Failure::coded(SourceError::exit_code))?;
         let project = project(arguments, &manifests, &network.addresses)?;
+        if !manifests.objects().names_project(&project) {
+            return Err(Failure::usage(anyhow!(
+                "the directory {} names nothing of the project {project}: nothing would be protected",
+                arguments.directory.display()
+            )));
+        }
         let resolv = ResolvConf::read(&netns, arguments.resolv_conf.as_deref(), &project)
             .map_err(Failure::coded(ResolvError::exit_code))?;
         // The cipher is WireGuard's own until there is a flag for it.

@@ -116,6 +116,8 @@ pub enum Effect {
     VipSet(IpAddr),
     /// A VIP is gone.
     VipRemoved(IpAddr),
+    /// An address is none of the project's.
+    Exempt(IpAddr),
     /// Nothing that concerns anybody else.
     None,
 }
@@ -158,7 +160,7 @@ impl Directory {
             }
             Change::SetExempt(address) => {
                 self.exempt.insert(address);
-                Effect::None
+                Effect::Exempt(address)
             }
             Change::RemoveExempt(address) => {
                 self.exempt.remove(&address);

@@ -238,8 +238,6 @@ impl Dns {
             && !self.own.contains(&address)
             && !directory.is_exempt(address)
             && (named || !self.is_resolver(address))
-            // Without an address of that family there is nobody who could seal for it.
-            && self.own.iter().any(|own| own.is_ipv4() == address.is_ipv4())
     }
 
     /// The next answer over UDP whose addresses are all protected.

@@ -173,13 +173,19 @@ impl Engine {
         }
     }
 
+    /// A former agent left these addresses protected.
+    pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
+        self.routing.adopt(addresses, now);
+    }
+
     /// The directory changed. All changes take effect together.
     pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
         for change in changes {
             match self.directory.apply(change, now) {
                 Effect::WorkloadSet(workload) => {
                     self.routing.add_from_directory(workload.address);
-                    self.peers.set(workload, now);
+                    let staged = self.peers.set(workload, now);
+                    self.counters.drop_many(DropReason::PeerGone, staged as u64);
                 }
                 Effect::WorkloadRemoved(address) => {
                     let staged = self.peers.remove(address);
@@ -194,6 +200,7 @@ impl Engine {
                         self.routing.remove_from_directory(address, now);
                     }
                 }
+                Effect::Exempt(address) => self.routing.exempt(address, now),
                 Effect::None => {}
             }
         }

@@ -144,7 +144,11 @@ impl Flow {
             (6, _) if self.seen & RESET != 0 => TCP_RESET,
             // Nothing is rewritten in a direct flow, so a late packet finds its way without an entry too.
             (6, _) if self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN => {
-                if self.kind == Kind::Direct { TCP_RESET } else { TCP_CLOSED }
+                if self.kind == Kind::Direct {
+                    TCP_RESET
+                } else {
+                    TCP_CLOSED
+                }
             }
             (6, false) => TCP_UNREPLIED,
             (6, true) => TCP_OPEN,

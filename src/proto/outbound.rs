@@ -271,8 +271,9 @@ impl Engine {
         let limit = mtu::inner_mtu(self.link_mtu, peer);
         let largest = match vnet.gso {
             Gso::None => packet.len,
+            // Not the header length of the vnet header: that is a hint, and may cover payload.
             Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => {
-                usize::from(vnet.header_len) + usize::from(size)
+                packet.transport + packet.tcp_header_len(bytes).unwrap_or(UDP_HEADER) + usize::from(size)
             }
         };
         if largest > limit as usize {

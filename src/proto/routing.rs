@@ -90,6 +90,28 @@ impl Routing {
         }
     }
 
+    /// A former agent protected `addresses`, and nobody named them yet: they stay as they are, closed, as if the directory
+    /// had just removed them.
+    pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
+        let until = now.instant + PROHIBITED;
+        for address in addresses {
+            let batch = BatchId::default();
+            let entry = Entry { directory: false, dns_until: None, prohibited_until: Some(until), batch };
+            self.entries.entry(*address).or_insert(entry);
+            self.note_deadline(until);
+        }
+    }
+
+    /// The directory says that `address` is none of the project's: what DNS said of it ends now.
+    pub fn exempt(&mut self, address: IpAddr, now: Now) {
+        if let Some(entry) =
+            self.entries.get_mut(&address).filter(|e| !e.directory && e.prohibited_until.is_none())
+        {
+            entry.dns_until = Some(now.instant);
+            self.note_deadline(now.instant);
+        }
+    }
+
     /// A DNS answer names `address` with `ttl`.
     ///
     /// # Errors
@@ -325,6 +347,32 @@ mod tests {
         routing.handle_timeout(at(start, 30));
         assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
         assert!(!routing.is_protected(address(1)));
+    }
+
+    #[test]
+    fn what_a_former_agent_protected_stays_closed_until_it_is_named_or_its_time_is_over() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new();
+        routing.adopt(&[address(1), address(2)], at(start, 0));
+        assert!(routing.poll_batch().is_none() && !routing.is_active(address(1)));
+        routing.add_from_directory(address(1));
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Protect(address(1))]);
+        routing.handle_timeout(at(start, 29));
+        assert!(routing.poll_batch().is_none());
+        routing.handle_timeout(at(start, 30));
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(2))]);
+        assert!(routing.is_protected(address(1)));
+    }
+
+    #[test]
+    fn an_address_that_becomes_exempt_is_released_at_once() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new();
+        routing.add_from_dns(address(1), Duration::from_secs(3600), at(start, 0)).unwrap();
+        routing.poll_batch().unwrap();
+        routing.exempt(address(1), at(start, 1));
+        routing.handle_timeout(at(start, 1));
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
     }
 
     #[test]

@@ -447,7 +447,10 @@ mod tests {
         let target = name("web.shop.svc.cluster.local");
         let mut m = message(
             "www.example.test",
-            &[record("www.example.test", 5, &target), record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])],
+            &[
+                record("www.example.test", 5, &target),
+                record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1]),
+            ],
             &[],
         );
         m.push(0);

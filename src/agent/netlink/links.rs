@@ -8,7 +8,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use nix::errno::Errno;
 
@@ -33,6 +33,8 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Administratively up.
     pub up: bool,
+    /// A TUN or TAP device.
+    pub tun: bool,
 }
 
 /// An address of a device.
@@ -144,11 +146,19 @@ impl Netlink {
         }])
     }
 
-    /// Removes a device; one that is not there is fine.
+    /// Removes the TUN device `name`; one that is not there is fine, one of another kind is somebody else's and stays.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn delete_link(&mut self, name: &str) -> Result<(), Error> {
+    pub fn delete_tun(&mut self, name: &str) -> Result<(), Error> {
+        match self.link(name) {
+            Ok(link) if link.tun => {}
+            Ok(_) => return Ok(()),
+            Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         self.transport.batch(vec![Request {
@@ -202,12 +212,14 @@ fn read_link(message: LinkMessage) -> Link {
         mtu: 0,
         mac: None,
         up: message.header.flags.contains(LinkFlags::Up),
+        tun: false,
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
+            LinkAttribute::LinkInfo(infos) => link.tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
             _ => {}
         }
     }

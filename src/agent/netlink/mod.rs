@@ -5,7 +5,7 @@
 //! worst metric, which takes over when `tenc0` goes.
 //!
 //! Bring-up: [`Netlink::set_up_tun`], [`Netlink::install_rules`], then [`Netlink::protect`] as addresses are learned.
-//! Tear-down: [`Netlink::tear_down`], then [`Netlink::delete_link`]. All calls are idempotent: left-overs of an agent that
+//! Tear-down: [`Netlink::tear_down`], then [`Netlink::delete_tun`]. All calls are idempotent: left-overs of an agent that
 //! died are taken over. Everything of ours bears the routing protocol number [`PROTOCOL`]; nothing without it is removed.
 //!
 //! Runs in the pod's network namespace; the socket belongs to the namespace of the thread that opened it.

@@ -42,11 +42,12 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// Watches the folder, then reads it. Malformed manifests are reported and left out.
+    /// Watches the folder, then reads it.
     ///
     /// # Errors
     ///
-    /// If `dir` is not a folder that can be read and watched.
+    /// If `dir` is not a folder that can be read and watched, or a manifest in it is malformed: later, its last good
+    /// content would stay; now there is none.
     pub fn open(dir: &Path) -> Result<Self, SourceError> {
         let (folder, scan) = Folder::open(dir, std::time::Instant::now())?;
         report(&scan);

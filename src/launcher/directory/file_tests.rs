@@ -215,14 +215,13 @@ async fn a_malformed_file_keeps_what_it_said_before() {
     rig.is(&["10.0.0.4", "10.0.0.5"]);
 }
 
-#[tokio::test]
-async fn malformed_manifests_do_not_stop_the_start() {
+#[test]
+fn a_malformed_manifest_stops_the_start_and_is_named() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a.yaml"), "{").unwrap();
-    fs::write(dir.path().join("b.json"), "[").unwrap();
     fs::write(dir.path().join("c.yaml"), pod("c", "10.0.0.2")).unwrap();
-    let (_source, changes) = follow(dir.path());
-    assert!(matches!(&changes[..], [Change::SetWorkload(_)]), "{changes:?}");
+    let Err(error) = Manifests::open(dir.path()) else { panic!("started") };
+    assert!(error.to_string().contains("a.yaml") && error.exit_code() == 2, "{error}");
 }
 
 #[tokio::test]

@@ -47,6 +47,14 @@ pub enum SourceError {
         /// Why.
         source: io::Error,
     },
+    /// A file that cannot be taken, when nothing is known yet that could stand in for it: what it names would go in clear.
+    #[error("cannot start from {}: {reason}", path.display())]
+    Incomplete {
+        /// The file, or the folder.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// inotify refused.
     #[error("cannot watch the directory {}: see the limits in /proc/sys/fs/inotify", dir.display())]
     Watch {
@@ -63,6 +71,7 @@ impl SourceError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Open { source, .. } if source.kind() != io::ErrorKind::PermissionDenied => 2,
+            Self::Incomplete { .. } => 2,
             Self::Open { .. } | Self::Watch { .. } => 3,
         }
     }
@@ -181,13 +190,20 @@ impl Folder {
         };
         let scan = folder.scan(now);
         // What a running source only reports stops one that is about to start.
-        match scan.problems.iter().find(|p| matches!(p, Problem::Vanished { .. } | Problem::Unwatched { .. }))
-        {
+        let incomplete = |path: &Path, reason: &str| SourceError::Incomplete {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+        match scan.problems.first() {
+            None | Some(Problem::Empty) => Ok((folder, scan)),
             Some(Problem::Unwatched { reason }) => {
                 Err(SourceError::Watch { dir: dir.to_owned(), source: io::Error::other(reason.clone()) })
             }
             Some(Problem::Vanished { reason }) => Err(refused(io::Error::other(reason.clone()))),
-            _ => Ok((folder, scan)),
+            Some(Problem::TooManyFiles) => {
+                Err(incomplete(dir, &format!("more than {FILES_MAX} manifests in one folder")))
+            }
+            Some(Problem::Malformed { file, reason, .. }) => Err(incomplete(file, reason)),
         }
     }
 

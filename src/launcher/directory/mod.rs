@@ -12,7 +12,8 @@
 //!
 //! Where two rules meet one address: node, workload, VIP, external endpoint, in this order. Nodes come first because
 //! a captured node address would cut off its kubelet; workloads and VIPs come before external endpoints because
-//! the other way round would let plaintext out. Addresses of a family that our pod does not have are left out.
+//! the other way round would let plaintext out. Workloads of a family that our Pod has no address of cannot be peers:
+//! they are VIPs without ports, so that the guard closes the way to them.
 //!
 //! Touches nothing. Source: Kubernetes API reference, Service and EndpointSlice.
 
@@ -165,12 +166,17 @@ impl Entries {
                 view.add_service(&id.name, service, &mut vips, &mut external);
             }
         }
-        let vips: BTreeMap<_, _> =
+        let mut vips: BTreeMap<_, _> =
             vips.into_iter().map(|(address, vip)| (address, vip.finish(address))).collect();
-        let mut workloads = view.workloads;
+        let of_ours = |address: &IpAddr| own.iter().any(|own| own.is_ipv4() == address.is_ipv4());
+        let (mut workloads, foreign): (BTreeSet<_>, BTreeSet<_>) =
+            view.workloads.into_iter().partition(of_ours);
+        for address in foreign {
+            vips.entry(address).or_insert(Vip { address, ports: Vec::new(), client_ip_affinity: false });
+        }
         let mut exempts = view.nodes;
         exempts.extend(external.into_iter().filter(|a| !workloads.contains(a) && !vips.contains_key(a)));
-        exempts.retain(|address| usable(*address, own));
+        exempts.retain(|address| is_unicast(*address));
         for address in own {
             workloads.remove(address);
             exempts.remove(address);
@@ -215,7 +221,7 @@ impl<'a> View<'a> {
             .filter(|(_, pod)| pod.is_workload())
             .flat_map(|(_, pod)| &pod.addresses)
             .copied()
-            .filter(|address| usable(*address, own) && !nodes.contains(address))
+            .filter(|address| is_unicast(*address) && !nodes.contains(address))
             .collect();
         let host_network = pods.iter().filter(|(_, pod)| pod.host_network).map(|(id, _)| *id).collect();
         let mut slices = BTreeMap::<_, Vec<_>>::new();
@@ -250,7 +256,7 @@ impl<'a> View<'a> {
             .cluster_addresses
             .iter()
             .chain(&service.ingress_addresses)
-            .filter(|a| usable(**a, self.own) && !self.is_someone(**a));
+            .filter(|a| is_unicast(**a) && !self.is_someone(**a));
         if externals > 0 && others == 0 {
             external.extend(addresses);
             return;
@@ -319,9 +325,4 @@ impl VipBuilder {
         });
         Vip { address, ports: ports.collect(), client_ip_affinity: self.client_ip_affinity }
     }
-}
-
-/// Whether our pod has the family of `address` and the address can belong to one pod, Service or node.
-fn usable(address: IpAddr, own: &[IpAddr]) -> bool {
-    own.iter().any(|own| own.is_ipv4() == address.is_ipv4()) && is_unicast(address)
 }
