@@ -20,7 +20,7 @@
 //! Numbered as in the design; tests name the number they hold.
 //!
 //! 1. No plaintext between two workloads of a project leaves a pod ([`launcher::guard`], [`proto::routing`]).
-//! 2. Fail closed: what is missing drops with a reason, never passes ([`proto::drop`]).
+//! 2. Fail closed: what is missing drops with a reason, never passes ([`mod@proto::drop`]).
 //! 3. Two gates: a DNS answer waits for its routes, a peer's first packet for the peer's own ([`proto::routing`]).
 //! 4. Authentic: the injection rule of [`proto::inbound`]; the replay window of [`proto::noise`].
 //! 5. Fresh keys, and no packet lost in a rekey ([`proto::noise`]).

@@ -335,7 +335,7 @@ impl Driver {
                 Ok(Some(Received::Message(ToAgent::Init(_), _))) => warn!("second Init ignored"),
                 Ok(Some(Received::Closed)) => {
                     // The launcher died. What is protected stays protected; only Stop or the namespace's end ends us.
-                    info!("launcher is gone, going on");
+                    warn!("launcher is gone: the directory is not updated any more");
                     self.sources.epoll.delete(&self.channel).context("forget the channel")?;
                     self.sources.remove(token);
                     return Ok(None);

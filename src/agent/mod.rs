@@ -10,7 +10,7 @@
 //! 6. `Ready`: protected
 //!
 //! Tear-down on `Stop` is the reverse; the guard is the launcher's to remove, last. A failed bring-up tears down too.
-//! One thread owns the engine ([`driver`]), a second one the netlink sockets ([`applier`]); one file per kernel object.
+//! One thread owns the engine (`driver`), a second one the netlink sockets (`applier`); one file per kernel object.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};

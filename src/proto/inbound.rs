@@ -130,7 +130,7 @@ impl Engine {
             if packet.fragment.is_some() {
                 self.fragments.insert(packet, Route::Peer(peer, change), now);
             }
-            apply(bytes, packet, &change);
+            rewrite::apply(bytes, packet, &change, false);
             return Ok(Verdict::Inject);
         }
         if packet.is_icmp_error(bytes) {
@@ -156,7 +156,7 @@ impl Engine {
         if wire.remote.0 != peer {
             let flow = self.flows.get(wire).filter(|flow| flow.peer == peer && flow.kind == Kind::Client);
             flow.ok_or(DropReason::NotOwner)?.touch(Direction::Inbound, flags, now);
-            return Ok(UNCHANGED);
+            return Ok(Rewrite::NONE);
         }
         if let Some(flow) = self.flows.get_by_wire(wire) {
             flow.touch(Direction::Inbound, flags, now);
@@ -165,7 +165,7 @@ impl Engine {
         match self.flows.get(wire) {
             Some(flow) if flow.kind == Kind::Direct => {
                 flow.touch(Direction::Inbound, flags, now);
-                Ok(UNCHANGED)
+                Ok(Rewrite::NONE)
             }
             // A flow that came through a VIP already looks like this one to the pod.
             Some(_) => {
@@ -178,7 +178,7 @@ impl Engine {
                 if let Ok(flow) = self.flows.insert(*wire, peer, Kind::Direct, now) {
                     flow.touch(Direction::Inbound, flags, now);
                 }
-                Ok(UNCHANGED)
+                Ok(Rewrite::NONE)
             }
         }
     }
@@ -213,7 +213,7 @@ impl Engine {
     ) -> Result<Verdict, DropReason> {
         match self.fragments.get(packet) {
             Some(Route::Peer(owner, change)) if owner == peer => {
-                apply(bytes, packet, &change);
+                rewrite::apply(bytes, packet, &change, false);
                 Ok(Verdict::Inject)
             }
             Some(_) => Err(DropReason::NotOwner),
@@ -292,19 +292,11 @@ impl Engine {
     }
 }
 
-const UNCHANGED: Rewrite = Rewrite { source: None, destination: None };
-
 /// From what is on the wire to what the pod sees.
 fn change_of(tuple: &Tuple, wire: &Tuple) -> Rewrite {
     Rewrite {
         source: (tuple.remote != wire.remote).then_some((tuple.remote.0, Some(tuple.remote.1))),
         destination: (tuple.local != wire.local).then_some((tuple.local.0, Some(tuple.local.1))),
-    }
-}
-
-fn apply(bytes: &mut [u8], packet: &Packet, change: &Rewrite) {
-    if change.source.is_some() || change.destination.is_some() {
-        rewrite::apply(bytes, packet, change, false);
     }
 }
 

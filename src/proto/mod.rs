@@ -5,7 +5,7 @@
 //! datagrams for peers, packets for the pod, queries for resolvers, batches for the control thread.
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
-//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`drop`] (every way to end).
+//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] (every way to end).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -39,8 +39,6 @@ pub(super) enum Route {
     Unknown,
 }
 
-const UNCHANGED: Rewrite = Rewrite { source: None, destination: None };
-
 impl Engine {
     /// Where the driver reads the next burst of `tenc0` into, vnet header first.
     pub fn capture_buffer(&mut self) -> &mut [u8] {
@@ -158,7 +156,7 @@ impl Engine {
 
     /// Names the peer of a packet, and what is rewritten.
     fn route(&mut self, bytes: &mut [u8], packet: &Packet, now: Now) -> Result<Route, DropReason> {
-        let direct = || Route::Peer(packet.destination, UNCHANGED);
+        let direct = || Route::Peer(packet.destination, Rewrite::NONE);
         if packet.is_later_fragment() {
             return match self.fragments.get(packet) {
                 Some(route) => Ok(route),
@@ -215,7 +213,7 @@ impl Engine {
             if let Ok(flow) = self.flows.insert(*tuple, destination, Kind::Direct, now) {
                 flow.touch(Direction::Outbound, flags, now);
             }
-            return Ok(Route::Peer(destination, UNCHANGED));
+            return Ok(Route::Peer(destination, Rewrite::NONE));
         }
         let Some(vip) = self.directory.vip(destination) else { return Ok(Route::Unknown) };
         let service = vip.ports.iter().find(|p| p.port == port && p.protocol as u8 == tuple.protocol);
@@ -251,10 +249,12 @@ impl Engine {
                     destination: Some((service.0, Some(service.1))),
                 };
                 rewrite::apply_embedded(bytes, packet, &change, false);
-                Ok(Route::Peer(peer, UNCHANGED))
+                Ok(Route::Peer(peer, Rewrite::NONE))
             }
-            Some((Kind::Client | Kind::Direct, peer)) => Ok(Route::Peer(peer, UNCHANGED)),
-            None if self.peers.contains(packet.destination) => Ok(Route::Peer(packet.destination, UNCHANGED)),
+            Some((Kind::Client | Kind::Direct, peer)) => Ok(Route::Peer(peer, Rewrite::NONE)),
+            None if self.peers.contains(packet.destination) => {
+                Ok(Route::Peer(packet.destination, Rewrite::NONE))
+            }
             Some(_) | None => Err(DropReason::UnknownDestination),
         }
     }
@@ -281,7 +281,7 @@ impl Engine {
             return Err(DropReason::TooBig);
         }
         let mut packet = *packet;
-        if change.source.is_some() || change.destination.is_some() {
+        if !change.is_none() {
             rewrite::apply(bytes, &packet, change, vnet.partial_checksum.is_some());
             packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
         }
@@ -319,7 +319,7 @@ impl Engine {
 /// What a known flow does to a packet of the pod.
 fn route_of(kind: Kind, peer: IpAddr, tuple: &Tuple) -> Route {
     match kind {
-        Kind::Direct | Kind::Client => Route::Peer(peer, UNCHANGED),
+        Kind::Direct | Kind::Client => Route::Peer(peer, Rewrite::NONE),
         Kind::Server { service: (address, port), client_port } => Route::Peer(
             peer,
             Rewrite {

@@ -21,12 +21,26 @@ pub struct Rewrite {
     pub destination: Option<(IpAddr, Option<u16>)>,
 }
 
+impl Rewrite {
+    /// Everything stays as it is.
+    pub const NONE: Self = Self { source: None, destination: None };
+
+    /// Whether nothing is to be exchanged.
+    #[must_use]
+    pub const fn is_none(&self) -> bool {
+        self.source.is_none() && self.destination.is_none()
+    }
+}
+
 /// Exchanges addresses and ports of `packet`, which was parsed from `bytes`.
 ///
 /// `partial`: the transport checksum field holds the un-complemented sum of the pseudo-header only (NEEDS_CSUM
 /// with its start at this packet's transport header). The first fragment of an SCTP packet gets a wrong CRC if
 /// its ports change: the length that the CRC depends on is unknown.
 pub fn apply(bytes: &mut [u8], packet: &Packet, rewrite: &Rewrite, partial: bool) {
+    if rewrite.is_none() {
+        return;
+    }
     let Some(bytes) = bytes.get_mut(..packet.len) else { return };
     let before = sctp_ports(bytes, packet);
     exchange(bytes, packet, rewrite, partial);

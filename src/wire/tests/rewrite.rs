@@ -221,3 +221,14 @@ fn quote_cut_off_after_the_ports_is_rewritten() {
     assert_eq!((embedded.destination, embedded.ports(quote)), (other(Version::V4), Some((SOURCE_PORT, 53))));
     assert_eq!(naive_sum(&quote[..20]), 0xffff);
 }
+
+#[test]
+fn a_rewrite_of_nothing_changes_no_byte() {
+    for version in BOTH {
+        let whole = tcp(ip(version, Shape::Extended), tcp_header(1), &payload(100));
+        let packet = Packet::parse(&whole).unwrap();
+        let mut bytes = whole.clone();
+        apply(&mut bytes, &packet, &Rewrite::NONE, false);
+        assert_eq!(bytes, whole);
+    }
+}
