@@ -250,19 +250,19 @@ async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> R
     match event.map_err(Failure::failed)? {
         Event::Message(FromAgent::Ready { generation }) => {
             debug!(generation, descriptors = agent.held(), "agent ready");
-            return Ok(());
+            Ok(())
         }
         Event::Message(FromAgent::Failed { exit_code, reason }) => {
-            return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
+            Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)))
         }
         Event::Message(FromAgent::Stopped) => {
-            return Err(Failure::failed(anyhow!("the agent stopped without an order")));
+            Err(Failure::failed(anyhow!("the agent stopped without an order")))
         }
         Event::Ended(status) => {
             let exit =
                 status.code().and_then(|code| u8::try_from(code).ok()).map_or(Exit::Failed, Exit::from_code);
             let exit = if exit == Exit::Good { Exit::Failed } else { exit };
-            return Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")));
+            Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")))
         }
     }
 }
