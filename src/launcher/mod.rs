@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use rustix::thread::{CapabilitySet, capabilities};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, info, warn};
 
 use crate::agent;
@@ -240,33 +240,28 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
 }
 
 async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
-    let limit = Instant::now() + READY_LIMIT;
-    loop {
-        let event = timeout_at(limit, agent.next(queue)).await;
-        let event = event.map_err(|_| {
-            Failure::failed(anyhow!(
-                "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
-            ))
-        })?;
-        match event.map_err(Failure::failed)? {
-            Event::Message(FromAgent::Ready { generation }) => {
-                debug!(generation, descriptors = agent.held(), "agent ready");
-                return Ok(());
-            }
-            Event::Message(FromAgent::Failed { exit_code, reason }) => {
-                return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
-            }
-            Event::Message(FromAgent::Stopped) => {
-                return Err(Failure::failed(anyhow!("the agent stopped without an order")));
-            }
-            Event::Ended(status) => {
-                let exit = status
-                    .code()
-                    .and_then(|code| u8::try_from(code).ok())
-                    .map_or(Exit::Failed, Exit::from_code);
-                let exit = if exit == Exit::Good { Exit::Failed } else { exit };
-                return Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")));
-            }
+    let event = timeout(READY_LIMIT, agent.next(queue)).await;
+    let event = event.map_err(|_| {
+        Failure::failed(anyhow!(
+            "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
+        ))
+    })?;
+    match event.map_err(Failure::failed)? {
+        Event::Message(FromAgent::Ready { generation }) => {
+            debug!(generation, descriptors = agent.held(), "agent ready");
+            Ok(())
+        }
+        Event::Message(FromAgent::Failed { exit_code, reason }) => {
+            Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)))
+        }
+        Event::Message(FromAgent::Stopped) => {
+            Err(Failure::failed(anyhow!("the agent stopped without an order")))
+        }
+        Event::Ended(status) => {
+            let exit =
+                status.code().and_then(|code| u8::try_from(code).ok()).map_or(Exit::Failed, Exit::from_code);
+            let exit = if exit == Exit::Good { Exit::Failed } else { exit };
+            Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")))
         }
     }
 }
