@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use rustix::thread::{CapabilitySet, capabilities};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, info, warn};
 
 use crate::agent;
@@ -240,8 +240,7 @@ async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<
 }
 
 async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
-    let limit = Instant::now() + READY_LIMIT;
-    let event = timeout_at(limit, agent.next(queue)).await;
+    let event = timeout(READY_LIMIT, agent.next(queue)).await;
     let event = event.map_err(|_| {
         Failure::failed(anyhow!(
             "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
