@@ -91,6 +91,8 @@ fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
     // A socket per DNS query in flight, and up to 1,024 that hold ports: more than the customary soft limit.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of descriptors")?;
     setrlimit(Resource::RLIMIT_NOFILE, most.min(DESCRIPTORS), most).context("cannot raise it")?;
+    // Started through /proc/self/exe, it would be called `exe`.
+    prctl::set_name(c"tencrypt-agent").context("cannot set the process's name")?;
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
     nix::unistd::setsid().context("cannot start a session")?;
     let netns = sys::fd::take_inherited(arguments.netns_fd).context("--netns-fd")?;

@@ -31,7 +31,7 @@ use crate::proto::{Captured, Engine, Now};
 use crate::wire::vnet::VNET_HEADER_LEN;
 
 /// Bursts taken from one descriptor before the others get their turn.
-const TURN: usize = 32;
+const TURN: usize = 64;
 /// A datagram or packet that the kernel has no room for waits this long before it is dropped.
 const ROOM_WAIT_MS: u8 = 10;
 /// Events per wait.
@@ -207,7 +207,10 @@ impl Driver {
                     if self.engine.handle_captured(len, now) == Captured::DnsStream {
                         self.pass_to_helper(len);
                     }
-                    self.drain()?;
+                    // Small packets for one peer share a send.
+                    if self.engine.has_full_train() {
+                        self.drain()?;
+                    }
                 }
                 Err(error) if is_transient(&error) => break,
                 Err(error) => return Err(error).context("read tenc0: the device is gone"),

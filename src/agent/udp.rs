@@ -18,14 +18,10 @@ use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::netlink::MARK;
+use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN};
 use crate::sys::udp as sys;
 pub use crate::sys::udp::Received;
 
-/// Most datagrams in one send: the kernel's UDP_MAX_SEGMENTS was 64 until 6.9.
-const MAX_SEGMENTS: usize = 64;
-/// Most bytes in one train. With the headers of an overlay (VXLAN, Geneve with options) before it, a longer one passes
-/// 65,535 bytes and is cut in software on the way, which costs half the throughput.
-pub(super) const MAX_SEND: usize = 65_000;
 /// Buffers of the tunnel socket: 30 ms of full datagrams at 1 Gbit/s, as the kernel counts them (about twice their length).
 const TUNNEL_BUFFER: i32 = 8 << 20;
 /// Destinations remembered as unable to take trains; beyond it, the failing send is simply tried each time.
@@ -146,7 +142,7 @@ impl TunnelSocket {
         let train = if self.plain.contains(&to.ip()) {
             size
         } else {
-            size * (MAX_SEND / size).clamp(1, MAX_SEGMENTS)
+            size * (MAX_TRAIN / size).clamp(1, MAX_SEGMENTS)
         };
         let mut sent = 0;
         for chunk in bytes.chunks(train) {

@@ -282,6 +282,12 @@ impl Engine {
         }
     }
 
+    /// Whether a whole train waits to be sent: before that, more packets of the pod may join it.
+    #[must_use]
+    pub fn has_full_train(&self) -> bool {
+        self.transmits.waiting() >= mtu::MAX_TRAIN / 2
+    }
+
     /// The next datagrams for a peer.
     pub fn poll_transmit(&mut self) -> Option<Transmit<'_>> {
         if let Some(message) = self.peers.transport.poll_transmit() {

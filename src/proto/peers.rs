@@ -13,7 +13,7 @@ use foldhash::quality::FixedState;
 use super::Now;
 use super::directory::Workload;
 use super::drop::{Counters, DropReason};
-use super::mtu::{RECORD_HEADER, RECORD_TAG};
+use super::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
 use super::noise::{Event, PeerConfig, PeerId, Transport};
 use crate::wire::segment::Split;
 
@@ -51,8 +51,28 @@ impl Transmits {
         &mut self.arena
     }
 
+    /// Queues records; those that may share a send with the ones before them do.
     fn push(&mut self, to: SocketAddr, range: Range<usize>, segment: usize) {
+        if let Some((last_to, last, size)) = self.queue.back_mut() {
+            let joined = range.end - last.start;
+            // A shorter record ends a train, so all before it must be full, and of the new ones at most the last is short.
+            let fits = *last_to == to
+                && last.end == range.start
+                && last.len() % *size == 0
+                && (segment == *size || (range.len() <= *size && range.len() == segment))
+                && joined <= MAX_TRAIN
+                && joined.div_ceil(*size) <= MAX_SEGMENTS;
+            if fits {
+                last.end = range.end;
+                return;
+            }
+        }
         self.queue.push_back((to, range, segment));
+    }
+
+    /// Bytes that wait to be sent.
+    pub fn waiting(&self) -> usize {
+        if self.queue.is_empty() { 0 } else { self.arena.len() }
     }
 
     /// The next send.

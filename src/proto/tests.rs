@@ -604,3 +604,36 @@ fn a_packet_too_big_for_the_tunnel_is_answered_with_the_size_that_fits() {
     assert_eq!(u16::from_be_bytes([error[26], error[27]]), 1376);
     assert_eq!(network.dropped(0, DropReason::TooBig), 1);
 }
+
+#[test]
+fn small_packets_for_one_peer_share_a_send_and_arrive_in_order() {
+    let mut network = Network::project();
+    network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"opens the session"));
+    network.inbox(1);
+    let engine = &mut network.nodes[0].engine;
+    for n in 0..80u8 {
+        // The 70th is shorter: it ends its train.
+        let packet = udp((CLIENT[0], 4000), (SERVER[0], 8080), &vec![n; if n == 70 { 20 } else { 500 }]);
+        let len = VNET_HEADER_LEN + packet.len();
+        engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&VnetHeader::PLAIN.encode());
+        engine.capture_buffer()[VNET_HEADER_LEN..len].copy_from_slice(&packet);
+        engine.handle_captured(len, network.now);
+    }
+    let mut sends = Vec::new();
+    while let Some(t) = engine.poll_transmit() {
+        sends.push((t.to, t.bytes.to_vec(), t.segment));
+    }
+    let counts: Vec<usize> = sends.iter().map(|(_, bytes, segment)| bytes.len().div_ceil(*segment)).collect();
+    assert_eq!(counts, [64, 7, 9]);
+    for (to, bytes, segment) in sends {
+        network.deliver(0, to, &bytes, segment);
+    }
+    let got: Vec<u8> = std::mem::take(&mut network.nodes[1].inbox)
+        .iter()
+        .flat_map(|(vnet, packet)| {
+            let size = if let Gso::Udp(size) = vnet.gso { usize::from(size) } else { packet.len() - 28 };
+            packet[28..].chunks(size).map(|datagram| datagram[0]).collect::<Vec<_>>()
+        })
+        .collect();
+    assert_eq!(got, (0..80).collect::<Vec<u8>>());
+}

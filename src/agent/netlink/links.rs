@@ -12,9 +12,9 @@ use netlink_packet_route::link::{
 };
 use nix::errno::Errno;
 
-use super::super::udp::MAX_SEND;
 use super::request::Request;
 use super::{Error, Netlink, Object, family, host_len};
+use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN};
 
 /// Largest super-packet, so that one read of `tenc0` is one send with UDP_SEGMENT.
 const GSO_MAX_SIZE: u32 = 61_000;
@@ -236,6 +236,6 @@ fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
 
 /// Most segments of a super-packet: sealed, they still fit one train.
 fn max_segments(mtu: u32) -> u32 {
-    let train = u32::try_from(MAX_SEND).expect("below 65,536");
-    (train / (mtu + RECORD_OVERHEAD)).clamp(1, 64)
+    let [train, most] = [MAX_TRAIN, MAX_SEGMENTS].map(|n| u32::try_from(n).expect("below 65,536"));
+    (train / (mtu + RECORD_OVERHEAD)).clamp(1, most)
 }
