@@ -122,9 +122,10 @@ unit_tests() {
   build cargo test --locked --lib --bins "${names[@]}"
 }
 
-# The dev build with faults, kept under a name of its own.
+# The dev build with faults, kept under a name of its own. Built as a test's companion: that way it shares the unit
+# tests' dependencies (a plain build resolves other features and compiles them once more).
 fault_build() {
-  build cargo build --locked --features fault-injection &&
+  build cargo test --locked --features fault-injection --test netns --no-run &&
     build mkdir -p "$target/fault" &&
     build cp "$target/debug/tencrypt" "$target/fault/tencrypt"
 }
@@ -153,7 +154,8 @@ check 'packages' install_packages
 check 'format' build cargo fmt --check
 check 'clippy' build cargo clippy --locked --all-targets -- -D warnings
 check 'clippy, fault injection' build cargo clippy --locked --all-targets --features fault-injection -- -D warnings
-check 'documentation' build env RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+# With `--examples` (there are none) the features are those of clippy's run, and nothing is checked twice.
+check 'documentation' build env RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --lib --examples
 if check 'cargo-deny' install_deny; then
   check 'licences, bans, sources, advisories' deny
   if [[ -e $logs/no-advisories ]]; then

@@ -604,7 +604,15 @@ impl Sweeper {
               [ -d "$folder" ] && ! [ -d "/proc/${pid%%x*}" ] && down "$name"
             done
             read -r _
-            for folder in /run/tencrypt-lab/"$1"*; do [ -d "$folder" ] && down "${folder##*/}"; done
+            # A lab that was being made may go on for a moment: look again until nothing is left.
+            for _ in 1 2 3 4; do
+              found=
+              for path in /run/tencrypt-lab/"$1"* /run/netns/"$1"*-node1; do
+                [ -e "$path" ] && found=1 && name=${path##*/} && down "${name%-node1}"
+              done
+              [ -n "$found" ] || break
+              sleep 1
+            done
             exit 0
         "#;
         let mut child = Command::new("bash")
