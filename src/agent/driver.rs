@@ -80,7 +80,6 @@ pub(super) struct Driver {
     changes: Vec<Change>,
     generation: Option<u64>,
     ready: bool,
-    answered: Vec<StreamId>,
 }
 
 /// Why the loop ended.
@@ -114,7 +113,6 @@ impl Driver {
             changes: Vec::new(),
             generation: None,
             ready: false,
-            answered: Vec::new(),
         };
         driver.watch_all().context("watch the agent's descriptors")?;
         Ok(driver)
@@ -374,9 +372,6 @@ impl Driver {
         }
         while let Some((stream, message)) = self.engine.poll_stream() {
             self.streams.answer(stream, &message);
-            self.answered.push(stream);
-        }
-        for stream in std::mem::take(&mut self.answered) {
             // Room was made: the resolver's next messages may be read.
             self.pump(stream, clocks());
         }
@@ -389,14 +384,14 @@ impl Driver {
         while let Some(transmit) = self.engine.poll_transmit() {
             let socket =
                 self.kernel.sockets.iter_mut().find(|(own, _)| own.is_ipv4() == transmit.to.is_ipv4());
-            let Some((_, socket)) = socket else {
-                refused += 1;
-                continue;
+            let lost = match socket {
+                Some((_, socket)) => send_all(socket, transmit.to, transmit.bytes, transmit.segment),
+                None => transmit.bytes.len().div_ceil(transmit.segment.max(1)) as u64,
             };
-            refused += send_all(socket, transmit.to, transmit.bytes, transmit.segment);
+            refused += if transmit.packets { lost } else { 0 };
         }
         if refused > 0 {
-            self.engine.count_refused(refused);
+            self.engine.count_unsent(refused);
         }
     }
 
@@ -440,7 +435,7 @@ impl Driver {
             }
         }
         if refused > 0 {
-            self.engine.count_refused(refused);
+            self.engine.count_uninjected(refused);
         }
         Ok(())
     }

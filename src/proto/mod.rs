@@ -299,7 +299,7 @@ impl Engine {
     pub fn poll_transmit(&mut self) -> Option<Transmit<'_>> {
         if let Some(message) = self.peers.transport.poll_transmit() {
             let (to, bytes) = self.control.insert(message);
-            return Some(Transmit { to: *to, segment: bytes.len(), bytes });
+            return Some(Transmit { to: *to, segment: bytes.len(), bytes, packets: false });
         }
         self.transmits.poll()
     }
@@ -367,9 +367,21 @@ impl Engine {
         &self.counters
     }
 
-    /// The kernel refused what was polled.
+    /// The kernel refused packets that were counted nowhere yet.
     pub fn count_refused(&mut self, packets: u64) {
         self.counters.drop_many(DropReason::KernelRefused, packets);
+    }
+
+    /// The kernel refused sealed packets: each ends in one counter.
+    pub fn count_unsent(&mut self, packets: u64) {
+        self.counters.sealed = self.counters.sealed.saturating_sub(packets);
+        self.count_refused(packets);
+    }
+
+    /// The kernel refused opened packets: each ends in one counter.
+    pub fn count_uninjected(&mut self, packets: u64) {
+        self.counters.opened = self.counters.opened.saturating_sub(packets);
+        self.count_refused(packets);
     }
 
     /// A TCP connection to a resolver was taken.

@@ -40,6 +40,8 @@ pub struct Transmit<'a> {
     pub bytes: &'a [u8],
     /// Length of each datagram but the last.
     pub segment: usize,
+    /// Sealed packets, counted as such; false: a handshake message.
+    pub packets: bool,
 }
 
 impl Transmits {
@@ -78,7 +80,7 @@ impl Transmits {
     /// The next send.
     pub fn poll(&mut self) -> Option<Transmit<'_>> {
         let (to, range, segment) = self.queue.pop_front()?;
-        Some(Transmit { to, bytes: &self.arena[range], segment })
+        Some(Transmit { to, bytes: &self.arena[range], segment, packets: true })
     }
 }
 
