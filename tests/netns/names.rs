@@ -193,7 +193,10 @@ fn cycle(lab: &Lab, number: u16, connect: bool) -> Result<(), String> {
             if answer.is_some_and(|a| dns::answers(&a) > 0) {
                 // Refused at once is as good as held or sealed: the sniffer decides.
                 let _ = socket.send_to(CANARY, (vip, 9));
-                let connected = connect.then(|| client.http_get((vip, 80), Duration::from_secs(4)));
+                // A packet waits a second for the directory, then the application hears that it is prohibited;
+                // on a busy machine the manifest may come later than that, and a second try must do.
+                let get = || client.http_get((vip, 80), Duration::from_secs(4));
+                let connected = connect.then(|| get().or_else(|_| get()));
                 return match connected {
                     Some(Err(e)) => Err(format!("cycle {number}: {vip} was not reached: {e}")),
                     _ => Ok(()),
