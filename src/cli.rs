@@ -87,7 +87,8 @@ pub struct Cli {
 /// The sub-commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Protect one pod, in the foreground; SIGTERM or SIGINT stops and cleans up.
+    /// Protect one pod, in the foreground; SIGTERM or SIGINT stops and cleans up, SIGHUP renews key and agent, SIGQUIT
+    /// ends the launcher alone.
     Launch(Launch),
     /// Print a new project key.
     Keygen,
@@ -97,7 +98,7 @@ pub enum Command {
 }
 
 /// `tencrypt launch`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Launch {
     /// The pod's network namespace: a name under /run/netns, a path, or pid:N.
     #[arg(long, value_name = "NAME|PATH|pid:N", value_parser = clap::builder::NonEmptyStringValueParser::new())]
@@ -152,12 +153,9 @@ pub struct Agent {
     /// The network namespace to enter.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
     pub netns_fd: RawFd,
-    /// The channel to the launcher.
+    /// Where launchers connect.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
-    pub channel_fd: RawFd,
-    /// The lock of the namespace, kept as long as the agent lives.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(3..))]
-    pub lock_fd: RawFd,
+    pub listener_fd: RawFd,
 }
 
 /// Why there is nothing to run: a usage error, or help that was asked for.

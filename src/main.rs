@@ -69,8 +69,8 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
             launcher::launch(arguments, &filter)
         }
         Command::Agent(arguments) => {
-            let (channel, _lock) = enter(arguments).map_err(Failure::kernel)?;
-            match agent::run(channel).map_err(Failure::kernel)? {
+            let listener = enter(arguments).map_err(Failure::kernel)?;
+            match agent::run(listener).map_err(Failure::kernel)? {
                 ExitKind::Stopped => Ok(Exit::Good),
                 ExitKind::Failed(code) => Ok(Exit::from_code(code)),
             }
@@ -85,8 +85,8 @@ fn hide_memory() -> anyhow::Result<()> {
 }
 
 /// Turns this process into an agent: hardened, in a session of its own (a terminal's signals are for the launcher, who
-/// orders the stop), in the pod's network namespace. Gives the channel to the launcher, and the lock that it has to keep.
-fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
+/// orders the stop), in the pod's network namespace. Gives the socket where launchers connect.
+fn enter(arguments: &cli::Agent) -> anyhow::Result<OwnedFd> {
     hide_memory()?;
     // A socket per DNS query in flight, and up to 1,024 that hold ports: more than the customary soft limit.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of descriptors")?;
@@ -96,10 +96,9 @@ fn enter(arguments: &cli::Agent) -> anyhow::Result<(OwnedFd, OwnedFd)> {
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
     nix::unistd::setsid().context("cannot start a session")?;
     let netns = sys::fd::take_inherited(arguments.netns_fd).context("--netns-fd")?;
-    let channel = sys::fd::take_inherited(arguments.channel_fd).context("--channel-fd")?;
-    let lock = sys::fd::take_inherited(arguments.lock_fd).context("--lock-fd")?;
+    let listener = sys::fd::take_inherited(arguments.listener_fd).context("--listener-fd")?;
     enter_network_namespace(netns)?;
-    Ok((channel, lock))
+    Ok(listener)
 }
 
 /// Enters `netns`, and proves it.

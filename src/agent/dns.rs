@@ -127,6 +127,11 @@ impl Streams {
         Self { streams: BTreeMap::new(), next: 0 }
     }
 
+    /// Whether no connection is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.streams.is_empty()
+    }
+
     /// Takes a connection from a listener of the helper namespace and opens the one to the resolver it was meant for.
     ///
     /// # Errors

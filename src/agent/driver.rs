@@ -5,6 +5,9 @@
 //! 3. poll the engine until nothing is left: batches to the control thread, queries, datagrams, packets for the pod
 //!
 //! Batches go first, so that an answer or packet that waits for a route waits as short as possible.
+//!
+//! `tenc0` and the tunnel's sockets are read only when the directory's routes are in place, and by a parked successor only
+//! when its predecessor has ended: until then packets queue in the kernel.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
@@ -18,9 +21,10 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tracing::{debug, info, warn};
 
 use super::applier::Applier;
-use super::control::{AgentChannel, FromAgent, Received, ToAgent};
+use super::control::{self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION};
 use super::dns::{Answer, Queries, Streams, listener};
 use super::neighbour::ArpResponder;
+use super::presence::Presence;
 use super::raw_socket::RawInjector;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
@@ -34,6 +38,10 @@ use crate::wire::vnet::VNET_HEADER_LEN;
 const TURN: usize = 64;
 /// A datagram or packet that the kernel has no room for waits this long before it is dropped.
 const ROOM_WAIT_MS: u8 = 10;
+/// How often an agent without a launcher looks whether its namespace is still there.
+const PRESENCE_CHECK: Duration = Duration::from_millis(500);
+/// How long a hand-over waits for DNS answers that are on their way; nearly all come within milliseconds.
+const DNS_QUIET: Duration = Duration::from_secs(2);
 /// Events per wait.
 const EVENTS: usize = 32;
 /// IoSlices per injected packet: the vnet header and every part of a train.
@@ -54,11 +62,36 @@ pub(super) struct Kernel {
     pub(super) queries: Queries,
 }
 
+/// Who the agent is to launchers, and what it was told.
+pub(super) struct Session {
+    /// None: the launcher is gone.
+    pub(super) channel: Option<AgentChannel>,
+    pub(super) listener: OwnedFd,
+    pub(super) presence: Presence,
+    pub(super) fingerprint: [u8; 32],
+    pub(super) executable: Executable,
+    /// A predecessor still reads.
+    pub(super) parked: bool,
+}
+
+impl Session {
+    /// Says something to the launcher, if there is one. A launcher that does not read is no reason to wait.
+    pub(super) fn tell(&self, message: &FromAgent, descriptors: &[BorrowedFd<'_>]) {
+        let Some(channel) = &self.channel else { return };
+        match channel.try_send(message, descriptors) {
+            Ok(true) | Err(ChannelError::Closed) => {}
+            Ok(false) => warn!("the launcher does not read: a message is lost"),
+            Err(error) => warn!(%error, "cannot speak to the launcher"),
+        }
+    }
+}
+
 /// Who a ready descriptor belongs to.
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Tun,
     Socket(usize),
+    Launchers,
     Channel,
     Applier,
     Helper,
@@ -72,14 +105,23 @@ enum Source {
 pub(super) struct Driver {
     engine: Engine,
     kernel: Kernel,
-    channel: AgentChannel,
+    session: Session,
     listeners: Vec<TcpListener>,
     streams: Streams,
     sources: Sources,
     query_tokens: BTreeMap<QueryId, u64>,
     changes: Vec<Change>,
     generation: Option<u64>,
+    /// The directory's routes are in place.
     ready: bool,
+    /// The launcher knows it.
+    announced: bool,
+    /// Packets are read.
+    reading: bool,
+    /// Without a launcher: when to look whether the namespace is still there.
+    look_at: Option<Instant>,
+    /// The launcher ordered to hand over: until when DNS answers are waited for.
+    hand_over_by: Option<Instant>,
 }
 
 /// Why the loop ended.
@@ -88,6 +130,12 @@ pub(super) enum End {
     Stop,
     /// Before it was ready, the kernel refused what it needs.
     Failed(anyhow::Error),
+    /// Nobody is left to protect.
+    NamespaceGone,
+    /// A successor goes on.
+    HandedOver,
+    /// Parked, and the launcher that would have said when to go on is gone.
+    Abandoned,
 }
 
 impl Driver {
@@ -95,7 +143,7 @@ impl Driver {
     ///
     /// # Errors
     /// epoll(7) is not to be had.
-    pub(super) fn new(engine: Engine, mut kernel: Kernel, channel: AgentChannel) -> anyhow::Result<Self> {
+    pub(super) fn new(engine: Engine, mut kernel: Kernel, session: Session) -> anyhow::Result<Self> {
         let mut listeners = Vec::new();
         if let Some((_, fds)) = &mut kernel.helper {
             for fd in fds.drain(..) {
@@ -105,7 +153,7 @@ impl Driver {
         let mut driver = Self {
             engine,
             kernel,
-            channel,
+            session,
             listeners,
             streams: Streams::new(),
             sources: Sources::new().context("epoll")?,
@@ -113,24 +161,37 @@ impl Driver {
             changes: Vec::new(),
             generation: None,
             ready: false,
+            announced: false,
+            reading: false,
+            look_at: None,
+            hand_over_by: None,
         };
-        driver.watch_all().context("watch the agent's descriptors")?;
+        driver.watch_control().context("watch the agent's descriptors")?;
         Ok(driver)
     }
 
-    fn watch_all(&mut self) -> nix::Result<()> {
-        let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![
-            (Source::Tun, self.kernel.tun.as_fd()),
-            (Source::Channel, self.channel.as_fd()),
-            (Source::Applier, self.kernel.applier.as_fd()),
-        ];
+    /// Everything but what packets and DNS come through.
+    fn watch_control(&mut self) -> nix::Result<()> {
+        if let Some(channel) = &self.session.channel {
+            self.sources.add(Source::Channel, channel.as_fd(), EpollFlags::EPOLLIN)?;
+        }
+        self.sources.add(Source::Applier, self.kernel.applier.as_fd(), EpollFlags::EPOLLIN)?;
+        if let Some(arp) = &self.kernel.arp {
+            self.sources.add(Source::Arp, arp.as_fd(), EpollFlags::EPOLLIN)?;
+        }
+        Ok(())
+    }
+
+    /// From here on packets are read: what waited in the kernel first.
+    fn start_reading(&mut self) -> anyhow::Result<()> {
+        let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![(Source::Tun, self.kernel.tun.as_fd())];
         all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.1.as_fd())));
         all.extend(self.kernel.helper.iter().map(|(tun, _)| (Source::Helper, tun.as_fd())));
         all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
-        all.extend(self.kernel.arp.iter().map(|arp| (Source::Arp, arp.as_fd())));
         for (source, fd) in all {
-            self.sources.add(source, fd, EpollFlags::EPOLLIN)?;
+            self.sources.add(source, fd, EpollFlags::EPOLLIN).context("watch the packets' descriptors")?;
         }
+        self.reading = true;
         Ok(())
     }
 
@@ -161,11 +222,28 @@ impl Driver {
             self.streams.handle_timeout(now.instant);
             self.drain()?;
             self.report_ready()?;
+            if let Some(end) = self.end_if_due(now.instant)? {
+                return Ok(end);
+            }
         }
     }
 
+    fn end_if_due(&mut self, now: Instant) -> anyhow::Result<Option<End>> {
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look_at = Some(now + PRESENCE_CHECK);
+            if self.session.presence.is_gone() {
+                return Ok(Some(End::NamespaceGone));
+            }
+        }
+        if self.hand_over_by.is_some_and(|by| by <= now || self.is_dns_idle()) {
+            return self.hand_over(now).map(Some);
+        }
+        Ok(None)
+    }
+
     fn timeout(&self) -> EpollTimeout {
-        let due = [self.engine.poll_timeout(), self.streams.poll_timeout()].into_iter().flatten().min();
+        let own = [self.engine.poll_timeout(), self.streams.poll_timeout(), self.look_at, self.hand_over_by];
+        let due = own.into_iter().flatten().min();
         let Some(due) = due else { return EpollTimeout::NONE };
         // Rounded up: waking before a timer is due would only find nothing to do.
         let wait = due.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
@@ -176,6 +254,7 @@ impl Driver {
         match source {
             Source::Tun => self.read_tun(now)?,
             Source::Socket(index) => self.read_socket(index, now)?,
+            Source::Launchers => self.accept_launcher(token)?,
             Source::Channel => return self.read_channel(token, now),
             Source::Applier => return Ok(self.read_applied(now)),
             Source::Helper => self.read_helper(),
@@ -321,27 +400,107 @@ impl Driver {
 
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         loop {
-            match self.channel.try_recv() {
-                Ok(Some(Received::Message(ToAgent::Changes(changes), _))) => self.changes.extend(changes),
-                Ok(Some(Received::Message(ToAgent::Commit { generation }, _))) => {
-                    debug!(generation, changes = self.changes.len(), "directory changed");
-                    let changes = std::mem::take(&mut self.changes);
-                    self.engine.handle_directory(changes, now);
-                    self.generation.get_or_insert(generation);
+            let Some(channel) = &self.session.channel else { return Ok(None) };
+            match channel.try_recv() {
+                Ok(Some(Received::Message(message, descriptors))) => {
+                    if let Some(end) = self.obey(message, descriptors, now)? {
+                        return Ok(Some(end));
+                    }
                 }
-                Ok(Some(Received::Message(ToAgent::Stop, _))) => return Ok(Some(End::Stop)),
-                Ok(Some(Received::Message(ToAgent::Init(_), _))) => warn!("second Init ignored"),
-                Ok(Some(Received::Closed)) => {
-                    // The launcher died. What is protected stays protected; only Stop or the namespace's end ends us.
-                    warn!("launcher is gone: the directory is not updated any more");
-                    self.sources.epoll.delete(&self.channel).context("forget the channel")?;
-                    self.sources.remove(token);
-                    return Ok(None);
-                }
+                Ok(Some(Received::Closed)) => return self.lose_launcher(token, now),
                 Ok(None) => return Ok(None),
                 Err(error) => warn!(%error, "message of the launcher refused"),
             }
         }
+    }
+
+    fn obey(
+        &mut self,
+        message: ToAgent,
+        mut descriptors: Vec<OwnedFd>,
+        now: Now,
+    ) -> anyhow::Result<Option<End>> {
+        match message {
+            ToAgent::Hello { .. } => self.session.tell(&FromAgent::Hello { version: VERSION }, &[]),
+            ToAgent::Adopt => {
+                info!("another launcher takes over");
+                self.announced = false;
+            }
+            ToAgent::Init(_) => warn!("second Init ignored"),
+            ToAgent::Changes(changes) => self.changes.extend(changes),
+            ToAgent::Commit { generation, whole } => {
+                debug!(generation, changes = self.changes.len(), whole, "directory changed");
+                let changes = std::mem::take(&mut self.changes);
+                if whole {
+                    self.engine.handle_whole_directory(changes, now);
+                } else {
+                    self.engine.handle_directory(changes, now);
+                }
+                self.generation = Some(generation);
+            }
+            ToAgent::Ping => self.session.tell(&FromAgent::Pong, &[]),
+            ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
+            ToAgent::Resume => self.resume(descriptors.pop(), now)?,
+            ToAgent::GuardLoaded => {}
+            ToAgent::Stop => return Ok(Some(End::Stop)),
+        }
+        Ok(None)
+    }
+
+    /// The launcher died. What is protected stays protected, and another launcher may come.
+    fn lose_launcher(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
+        if let Some(channel) = self.session.channel.take() {
+            self.sources.epoll.delete(&channel).context("forget the channel")?;
+        }
+        self.sources.remove(token);
+        // Half a directory counts for nothing.
+        self.changes.clear();
+        if self.session.parked {
+            return Ok(Some(End::Abandoned));
+        }
+        warn!("launcher is gone: the directory is not updated any more");
+        self.look_at = Some(now.instant);
+        let launchers = self.session.listener.as_fd();
+        self.sources.add(Source::Launchers, launchers, EpollFlags::EPOLLIN).context("wait for a launcher")?;
+        Ok(None)
+    }
+
+    fn accept_launcher(&mut self, token: u64) -> anyhow::Result<()> {
+        let channel = match control::accept(&self.session.listener) {
+            Ok(Some(channel)) => channel,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                warn!(%error, "a launcher could not connect");
+                return Ok(());
+            }
+        };
+        self.sources
+            .add(Source::Channel, channel.as_fd(), EpollFlags::EPOLLIN)
+            .context("watch the channel")?;
+        self.sources.epoll.delete(&self.session.listener).context("close the door")?;
+        self.sources.remove(token);
+        self.session.channel = Some(channel);
+        self.look_at = None;
+        Ok(())
+    }
+
+    fn is_dns_idle(&self) -> bool {
+        self.query_tokens.is_empty() && self.streams.is_empty()
+    }
+
+    /// The last act: nothing is read any more, and the engine is given away, so that nothing can be sealed.
+    fn hand_over(&mut self, _now: Instant) -> anyhow::Result<End> {
+        self.drain()?;
+        Ok(End::HandedOver)
+    }
+
+    /// The predecessor has ended.
+    fn resume(&mut self, _state: Option<OwnedFd>, _now: Now) -> anyhow::Result<()> {
+        if !std::mem::take(&mut self.session.parked) {
+            warn!("Resume without a predecessor ignored");
+            return Ok(());
+        }
+        self.start_reading()
     }
 
     /// Hands out everything the engine has.
@@ -440,22 +599,29 @@ impl Driver {
         Ok(())
     }
 
+    /// The directory's routes are in place: packets are read from here on, and the launcher is told.
     fn report_ready(&mut self) -> anyhow::Result<()> {
-        let Some(generation) = self.generation.filter(|_| !self.ready && self.engine.is_settled()) else {
+        let Some(generation) = self.generation.filter(|_| !self.announced && self.engine.is_settled()) else {
             return Ok(());
         };
+        if !std::mem::replace(&mut self.ready, true) {
+            info!(generation, "protected");
+        }
+        if !self.reading && !self.session.parked {
+            self.start_reading()?;
+        }
         let mut kept = vec![self.kernel.tun.as_fd()];
         kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
-        self.channel.send(&FromAgent::Ready { generation }, &kept).context("report ready")?;
-        self.ready = true;
-        info!(generation, "protected");
+        let Session { fingerprint, executable, .. } = self.session;
+        self.session.tell(&FromAgent::Ready { generation, fingerprint, executable }, &kept);
+        self.announced = true;
         Ok(())
     }
 
-    /// Ends the control thread, closes every descriptor but the channel.
-    pub(super) fn dismantle(self) -> (AgentChannel, Engine) {
+    /// Ends the control thread, closes every descriptor but those towards launchers.
+    pub(super) fn dismantle(self) -> (Session, Engine) {
         self.kernel.applier.finish();
-        (self.channel, self.engine)
+        (self.session, self.engine)
     }
 }
 

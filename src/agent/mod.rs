@@ -2,22 +2,27 @@
 //!
 //! Bring-up, in order (the guard's skeleton was loaded before by the launcher):
 //!
-//! 1. `Init` arrives: addresses, keys, port, resolvers
+//! 1. `Init` arrives: addresses, keys, port, resolvers; for a successor the descriptors of its predecessor
 //! 2. `tenc0`, the tunnel's UDP sockets (a port in use ends it here), the ARP socket
 //! 3. rules and tables; what a former agent left is replaced
 //! 4. every capability but CAP_NET_ADMIN and CAP_NET_RAW is given up
 //! 5. the directory's first generation: each address gets its guard element, then its route
-//! 6. `Ready`: protected
+//! 6. packets are read, oldest first; `Ready`: protected
 //!
-//! Tear-down on `Stop` is the reverse; the guard is the launcher's to remove, last. A failed bring-up tears down too.
+//! Tear-down on `Stop` is the reverse; the guard is the launcher's to remove, last. A failed bring-up tears down what it
+//! made; where the pod was closed before, it stays closed. The end of a launcher ends nothing: the next one is accepted
+//! (`control`), and without one the agent itself sees when its namespace is gone ([`presence`]).
 //! One thread owns the engine (`driver`), a second one the netlink sockets (`applier`); one file per kernel object.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use hickory_proto::rr::Name;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
 use tracing::{info, warn};
@@ -29,18 +34,20 @@ mod driver;
 pub mod guard;
 pub mod neighbour;
 pub mod netlink;
+pub mod presence;
 mod privileges;
 pub mod raw_socket;
 pub mod tun;
 pub mod udp;
 
 use applier::{Applier, RouteFacts};
-use control::{AgentChannel, FromAgent, Init, Inject, Received, ToAgent};
+use control::{AgentChannel, Executable, FromAgent, Init, Inject, Received, ToAgent};
 use dns::Queries;
-use driver::{Driver, End, Kernel};
+use driver::{Driver, End, Kernel, Session};
 use guard::Guard;
 use neighbour::ArpResponder;
 use netlink::{Capture, Netlink};
+use presence::Presence;
 use raw_socket::RawInjector;
 use tun::Tun;
 use udp::TunnelSocket;
@@ -52,7 +59,7 @@ use crate::proto::{Config, Engine};
 /// How an agent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitKind {
-    /// Ordered to stop; everything it made is gone.
+    /// As it was told to, or with its namespace.
     Stopped,
     /// Bring-up failed and was reported over the channel, with this exit code.
     Failed(u8),
@@ -60,50 +67,123 @@ pub enum ExitKind {
 
 /// The kernel or a privilege refused what the agent needs.
 const REFUSED: u8 = 3;
+/// How long the launcher that started us may take to say what to do.
+const FIRST_WORD: Duration = Duration::from_secs(10);
 
-/// Runs the agent in the namespace the process is in.
+/// The descriptors that came with `Init`.
+#[derive(Default)]
+struct Carried {
+    state: Option<OwnedFd>,
+    tun: Option<OwnedFd>,
+    sockets: Vec<OwnedFd>,
+    process: Option<OwnedFd>,
+    helper: Option<OwnedFd>,
+    listeners: Vec<OwnedFd>,
+}
+
+impl Carried {
+    fn new(kinds: &[control::Carried], descriptors: Vec<OwnedFd>) -> anyhow::Result<Self> {
+        ensure!(
+            kinds.len() == descriptors.len(),
+            "{} descriptors, {} announced",
+            descriptors.len(),
+            kinds.len()
+        );
+        let mut carried = Self::default();
+        for (kind, fd) in kinds.iter().zip(descriptors) {
+            match kind {
+                control::Carried::State => carried.state = Some(fd),
+                control::Carried::Tun => carried.tun = Some(fd),
+                control::Carried::Socket => carried.sockets.push(fd),
+                control::Carried::Process => carried.process = Some(fd),
+                control::Carried::HelperTun => carried.helper = Some(fd),
+                control::Carried::HelperListener => carried.listeners.push(fd),
+            }
+        }
+        Ok(carried)
+    }
+}
+
+/// Runs the agent in the namespace the process is in; launchers connect at `listener`.
 ///
 /// # Errors
 /// What made it end without an order; everything it made stays, closed.
-pub fn run(channel: OwnedFd) -> anyhow::Result<ExitKind> {
-    let channel = AgentChannel::new(channel)?;
+pub fn run(listener: OwnedFd) -> anyhow::Result<ExitKind> {
+    control::claim(&listener)?;
+    let channel = first_launcher(&listener)?;
     let (init, descriptors) = match channel.recv().context("wait for the launcher")? {
         Received::Message(ToAgent::Init(init), descriptors) => (*init, descriptors),
         Received::Message(..) => bail!("the launcher's first message was not Init"),
         Received::Closed => bail!("the launcher is gone"),
     };
-    // Before tenc0 is ours, nothing was made: what is there is somebody else's.
-    let mut opened = false;
-    let (engine, kernel) = match bring_up(&init, descriptors, &mut opened) {
-        Ok(made) => made,
+    let mut carried = Carried::new(&init.carried, descriptors)?;
+    let presence = Presence::new(init.place.clone(), carried.process.take());
+    // Before tenc0 is ours, nothing was made; and what a former agent made keeps the pod closed.
+    let mut made = false;
+    let (engine, kernel) = match bring_up(&init, carried, &mut made) {
+        Ok(up) => up,
         Err(error) => {
-            let removed = if opened { remove_everything() } else { Ok(()) };
-            return Ok(fail(&channel, removed, &error));
+            let removed = if made { remove_everything() } else { Ok(()) };
+            return Ok(fail(Some(&channel), removed, &error));
         }
     };
-    let mut driver = Driver::new(engine, kernel, channel)?;
-    let end = driver.run()?;
-    let (channel, engine) = driver.dismantle();
-    let removed = remove_everything();
-    match end {
+    let session = Session {
+        channel: Some(channel),
+        listener,
+        presence,
+        fingerprint: init.fingerprint(),
+        executable: executable()?,
+        parked: init.parked,
+    };
+    let mut driver = Driver::new(engine, kernel, session)?;
+    match driver.run()? {
         End::Stop => {
+            let (session, engine) = driver.dismantle();
             report(&engine);
-            removed.context("tear down")?;
+            remove_everything().context("tear down")?;
             // Without a launcher nobody waits for this.
-            let _ = channel.send(&FromAgent::Stopped, &[]);
+            session.tell(&FromAgent::Stopped, &[]);
             Ok(ExitKind::Stopped)
         }
-        End::Failed(error) => Ok(fail(&channel, removed, &error)),
+        End::Failed(error) => {
+            let (session, _) = driver.dismantle();
+            let removed = if made { remove_everything() } else { Ok(()) };
+            Ok(fail(session.channel.as_ref(), removed, &error))
+        }
+        End::NamespaceGone => {
+            info!("the namespace is gone");
+            driver.dismantle().0.presence.remove_files();
+            Ok(ExitKind::Stopped)
+        }
+        End::HandedOver => Ok(ExitKind::Stopped),
+        End::Abandoned => bail!("the launcher is gone, and another agent protects the pod"),
     }
 }
 
-fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow::Result<(Engine, Kernel)> {
+/// The file that this process's program is, also after another one took its name.
+///
+/// # Errors
+/// /proc is not there.
+pub fn executable() -> anyhow::Result<Executable> {
+    let found = std::fs::metadata("/proc/self/exe").context("cannot look at our own program")?;
+    let changed = found.mtime().cast_unsigned().wrapping_mul(1_000_000_000);
+    Ok([found.dev(), found.ino(), found.size(), changed.wrapping_add(found.mtime_nsec().cast_unsigned())])
+}
+
+/// The launcher that started us has connected already.
+fn first_launcher(listener: &OwnedFd) -> anyhow::Result<AgentChannel> {
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    let limit = PollTimeout::try_from(FIRST_WORD).expect("ten seconds");
+    poll(&mut fds, limit).context("wait for the launcher")?;
+    control::accept(listener)?.context("the launcher did not connect")
+}
+
+fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(Engine, Kernel)> {
     let own: Vec<IpAddr> = init.addresses.iter().map(|own| own.address).collect();
     let dns_ports = init.dns_ports.0..=init.dns_ports.1;
     let mut netlink = Netlink::open()?;
     let guard = Guard::open()?;
-    let sockets = own.iter().map(|own| Ok((*own, TunnelSocket::open(SocketAddr::new(*own, init.port))?)));
-    let sockets = sockets.collect::<anyhow::Result<Vec<_>>>()?;
+    let sockets = sockets(&own, init.port, carried.sockets)?;
     let mut held = Vec::new();
     if init.hold_dns_ports {
         for family in init.resolvers.iter().map(IpAddr::is_ipv6).collect::<BTreeSet<_>>() {
@@ -112,8 +192,11 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
     }
     let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
-    let tun = Tun::open()?;
-    *opened = true;
+    // A descriptor whose device was deleted while nobody read leads nowhere.
+    let inherited = carried.tun.and_then(|fd| Tun::inherit(fd).ok());
+    let fresh = inherited.is_none() && netlink.link(tun::NAME).is_err();
+    let tun = inherited.map_or_else(Tun::open, Ok)?;
+    *made = fresh;
     netlink.set_up_tun(tun::NAME, tun_mtu(init.link_mtu, &own))?;
     let capture = Capture {
         own: own.clone(),
@@ -131,7 +214,6 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
     let mut engine_seed = [0; 32];
     rng.fill_bytes(&mut engine_seed);
     let facts = RouteFacts { own, link_mtu: init.link_mtu };
-    let mut descriptors = descriptors.into_iter();
     let mut engine = Engine::new(Config {
         identities: init
             .addresses
@@ -154,11 +236,24 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
         sockets,
         raw,
         applier: Applier::start(guard, netlink, facts)?,
-        helper: descriptors.next().map(|tun| (tun, descriptors.collect())),
+        helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,
         queries: Queries::new(dns_ports, held, rng),
     };
     Ok((engine, kernel))
+}
+
+/// The tunnel's sockets, by own address: a former agent's, if they are all there, else new ones.
+fn sockets(
+    own: &[IpAddr],
+    port: u16,
+    inherited: Vec<OwnedFd>,
+) -> anyhow::Result<Vec<(IpAddr, TunnelSocket)>> {
+    if inherited.len() == own.len() {
+        return Ok(own.iter().copied().zip(inherited.into_iter().map(TunnelSocket::inherit)).collect());
+    }
+    drop(inherited);
+    own.iter().map(|own| Ok((*own, TunnelSocket::open(SocketAddr::new(*own, port))?))).collect()
 }
 
 fn zone(init: &Init) -> anyhow::Result<Option<Name>> {
@@ -173,7 +268,7 @@ fn zone(init: &Init) -> anyhow::Result<Option<Name>> {
 fn options(init: &Init) -> Options {
     let mut options = Options::default();
     if let Some(seconds) = init.rekey_after_s {
-        options.rekey_after = std::time::Duration::from_secs(seconds);
+        options.rekey_after = Duration::from_secs(seconds);
     }
     options
 }
@@ -202,12 +297,12 @@ pub(crate) fn remove_everything() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fail(channel: &AgentChannel, removed: anyhow::Result<()>, error: &anyhow::Error) -> ExitKind {
+fn fail(channel: Option<&AgentChannel>, removed: anyhow::Result<()>, error: &anyhow::Error) -> ExitKind {
     if let Err(left) = removed {
         warn!(error = format!("{left:#}"), "not everything could be removed");
     }
     // The exit code says the same where the launcher is gone.
-    let _ = channel.send(&FromAgent::failed(REFUSED, &format!("{error:#}")), &[]);
+    let _ = channel.map(|channel| channel.try_send(&FromAgent::failed(REFUSED, &format!("{error:#}")), &[]));
     ExitKind::Failed(REFUSED)
 }
 

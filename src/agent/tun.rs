@@ -71,6 +71,15 @@ impl Tun {
         Ok(Self { fd: device.fd, offloads: device.offloads })
     }
 
+    /// Goes on with a former agent's descriptor; what is queued in it is read first.
+    ///
+    /// # Errors
+    /// `EBADFD`: the device was deleted.
+    pub fn inherit(fd: OwnedFd) -> io::Result<Self> {
+        let device = tun::inherit(fd)?;
+        Ok(Self { fd: device.fd, offloads: device.offloads })
+    }
+
     /// The `TUN_F_*` bits the kernel granted: 0 means that every packet comes whole and with its checksum complete.
     #[must_use]
     pub fn offloads(&self) -> u32 {

@@ -115,6 +115,12 @@ impl TunnelSocket {
         Ok(Self { fd: socket.into(), plain: BTreeSet::new() })
     }
 
+    /// Goes on with a former agent's socket.
+    #[must_use]
+    pub fn inherit(fd: OwnedFd) -> Self {
+        Self { fd, plain: BTreeSet::new() }
+    }
+
     /// Sends `bytes` to `to`: one datagram or, with `segment`, as many of that size as it takes (the last may be shorter).
     ///
     /// A train the kernel refuses is sent again one by one, and so is every later one to that address.

@@ -3,51 +3,42 @@
 //! `tencrypt launch`, in order:
 //!
 //! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
-//! 2. the namespace's lock, the guard's skeleton, the DNS helper (`bring_up`)
-//! 3. the agent: `Init`, the directory, then its `Ready`
+//! 2. the pod's runtime files (`runtime`): a second launcher is refused
+//! 3. the guard's skeleton, then the agent (`supervisor`): the one that runs already, or a new one
 //! 4. `protected …` on standard output
-//! 5. changes of the directory go to the agent, until a signal, the agent's end, or the namespace's (`supervise`)
-//! 6. on a signal: the agent removes what it made, and the guard goes last (`take_down`)
+//! 5. changes of the directory go to the agent, an agent that ended is replaced, until a signal or the namespace's end
+//! 6. SIGTERM: the agent removes what it made, and the guard goes last (`take_down`); SIGQUIT: only the launcher ends
 //!
-//! A bring-up that fails, or is interrupted, is undone in reverse. An agent that ends by itself leaves the pod closed:
-//! guard, routes and `tenc0` stay. May touch: what its modules may.
+//! A bring-up that fails, or is interrupted, is undone in reverse, unless the pod was closed before: then it stays so.
+//! While there is no agent the pod is closed: guard, routes and `tenc0` stay. May touch: what its modules may.
 
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use rustix::thread::{CapabilitySet, capabilities};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, info, warn};
 
 use crate::agent;
-use crate::agent::control::{FromAgent, ToAgent};
 use crate::cli::{self, Exit};
-use crate::proto::mtu::tun_mtu;
 
 pub mod directory;
 pub mod dns_helper;
 pub mod guard;
 pub mod keys;
-pub mod lock;
 mod plan;
 pub mod pod;
-pub mod supervisor;
+pub mod process;
+pub mod runtime;
+mod supervisor;
 
-use dns_helper::DnsHelper;
-use guard::{Loaded, Skeleton};
-use lock::{Lock, LockError};
+use guard::Loaded;
 use plan::Plan;
-use supervisor::{Agent, Event, Stop};
-
-/// From the agent's start to its `Ready`; thousands of routes take less than a second.
-const READY_LIMIT: Duration = Duration::from_secs(10);
-/// How often the namespace's name is looked up: nothing tells when it goes.
-const GONE_CHECK: Duration = Duration::from_millis(200);
+use pod::PodError;
+use process::Stop;
+use runtime::{RUN_DIR, Runtime, RuntimeError};
+use supervisor::{End, Supervisor};
 
 /// Why a sub-command ends badly, and with which exit code.
 #[derive(Debug)]
@@ -113,41 +104,70 @@ fn check_privileges() -> Result<(), Failure> {
     )))
 }
 
-/// SIGTERM and SIGINT.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// SIGTERM, SIGINT: remove everything.
+    Stop,
+    /// SIGQUIT: the launcher alone ends, the pod stays protected.
+    Leave,
+    /// SIGHUP: read key file and resolv.conf again, and replace the agent by one of the program that is on the disk now.
+    Renew,
+}
+
+/// The signals that a launcher obeys.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    quit: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        Ok(Self { terminate, interrupt })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
     /// Cancel safe.
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Order {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Order::Stop,
+            _ = self.interrupt.recv() => Order::Stop,
+            _ = self.quit.recv() => Order::Leave,
+            _ = self.hangup.recv() => Order::Renew,
         }
+    }
+
+    /// Waits for an order to stop: nothing else is obeyed before the pod is protected.
+    async fn stop(&mut self) {
+        while self.next().await != Order::Stop {}
     }
 }
 
 async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure> {
     // From here on a signal is an orderly stop, also during bring-up.
     let mut signals = Signals::new().context("cannot handle signals").map_err(Failure::kernel)?;
+    runtime::sweep(Path::new(RUN_DIR));
     let mut plan = Plan::make(arguments)?;
-    let mut made = Made::new(&plan)?;
+    let runtime = take_runtime(&plan)?;
+    // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open it.
+    // Looked at before the load: one that fails half way is removed too.
+    let found_guard = guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
+    let mut supervisor = Supervisor::new(&mut plan, &runtime, log_filter);
     let up = tokio::select! {
         biased;
-        () = signals.next() => None,
-        up = bring_up(&mut plan, &mut made, log_filter) => Some(up),
+        () = signals.stop() => None,
+        up = bring_up(&mut supervisor) => Some(up),
     };
     match up {
-        Some(Ok(())) => made.guard = true,
+        Some(Ok(())) => {}
         Some(Err(failure)) => {
-            if let Err(left) = take_down(&plan, made).await {
+            if let Err(left) = take_down(supervisor, &runtime, !found_guard).await {
                 warn!(
                     error = format!("{:#}", left.error),
                     "the pod stays closed: not everything could be removed"
@@ -157,25 +177,24 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
         }
         None => {
             info!("stopped before the pod was protected");
-            return take_down(&plan, made).await;
+            return take_down(supervisor, &runtime, !found_guard).await;
         }
     }
-    plan.announce();
-    match supervise(&mut plan, &mut made, &mut signals).await {
-        End::Ordered => take_down(&plan, made).await,
+    supervisor.plan.announce();
+    match supervisor.run(&mut signals).await {
+        End::Ordered => take_down(supervisor, &runtime, true).await,
+        End::Left => {
+            info!(netns = supervisor.plan.netns.name(), "the launcher ends, the agent goes on");
+            Ok(Exit::Good)
+        }
         End::NamespaceGone => {
-            info!(netns = plan.netns.name(), "the namespace is gone");
-            if let Some(agent) = made.agent.take() {
-                agent.kill().await.map_err(Failure::kernel)?;
-            }
-            made.lock.remove();
+            info!(netns = supervisor.plan.netns.name(), "the namespace is gone");
+            supervisor.kill().await.map_err(Failure::kernel)?;
+            runtime.remove();
             Ok(Exit::Good)
         }
         End::Broken(error) => {
-            if let Some(agent) = made.agent.take() {
-                agent.kill().await.map_err(Failure::kernel)?;
-            }
-            let netns = plan.netns.name();
+            let netns = supervisor.plan.netns.name();
             Err(Failure::failed(error.context(format!(
                 "{netns} stays closed, what is protected is blocked until tencrypt is launched again"
             ))))
@@ -183,143 +202,45 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     }
 }
 
-/// What exists because of this launcher, in the order it is made.
-struct Made {
-    lock: Lock,
-    /// The guard is ours to remove.
-    guard: bool,
-    agent: Option<Agent>,
+fn take_runtime(plan: &Plan) -> Result<Runtime, Failure> {
+    let cookie = plan.netns.cookie().map_err(Failure::coded(PodError::exit_code))?;
+    Runtime::take(Path::new(RUN_DIR), cookie, &plan.netns.owner()).map_err(|error| match error {
+        RuntimeError::Taken { .. } => Failure::usage(error),
+        _ => Failure::kernel(error),
+    })
 }
 
-impl Made {
-    fn new(plan: &Plan) -> Result<Self, Failure> {
-        let lock = Lock::take(Path::new(lock::RUN_DIR), plan.netns.inode()).map_err(|error| match error {
-            LockError::Taken { .. } => Failure::usage(error),
-            LockError::Refused { .. } => Failure::kernel(error),
-        })?;
-        Ok(Self { lock, guard: false, agent: None })
-    }
-}
-
-/// Guard, DNS helper, agent; ends when the agent is ready.
+/// Guard, then the agent; ends when the agent is ready.
 ///
 /// # Cancel safety
-/// What was made is in `made`.
-async fn bring_up(plan: &mut Plan, made: &mut Made, log_filter: &str) -> Result<(), Failure> {
-    let init = plan.init.take().expect("bring-up happens once");
-    let skeleton = Skeleton {
-        device: plan.network.interface.as_str().try_into().map_err(Failure::usage)?,
-        tunnel_port: init.port,
-        resolvers: plan.resolvers.clone(),
-        dns_ports: plan.network.dns_ports.range.clone(),
-    };
-    // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open
-    // it. Set before the load: one that fails half way is removed too.
-    made.guard = !guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
-    match guard::load(&plan.netns_fd, &skeleton).map_err(Failure::kernel)? {
+/// What was made is known to the supervisor.
+async fn bring_up(supervisor: &mut Supervisor<'_>) -> Result<(), Failure> {
+    match guard::load(&supervisor.plan.netns_fd, &supervisor.plan.skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
         Loaded::WithoutEgress(reason) => {
             warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
         }
     }
-    let helper = match &plan.resolvers[..] {
-        [] => None,
-        resolvers => Some(
-            dns_helper::open(resolvers, tun_mtu(plan.network.mtu, &plan.addresses))
-                .map_err(Failure::kernel)?,
-        ),
-    };
-    let agent = Agent::spawn(plan.netns.as_fd(), made.lock.as_fd(), log_filter).map_err(Failure::kernel)?;
-    let agent = made.agent.insert(agent);
-    debug!(pid = agent.id(), "agent started");
-    let descriptors =
-        helper.iter().flat_map(|DnsHelper { tun, listeners }| [tun].into_iter().chain(listeners));
-    let descriptors: Vec<_> = descriptors.map(AsFd::as_fd).collect();
-    agent.initialise(init, &descriptors).map_err(Failure::failed)?;
-    wait_until_ready(agent, &mut plan.queue).await
+    supervisor.start().await
 }
 
-async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
-    let event = timeout(READY_LIMIT, agent.next(queue)).await;
-    let event = event.map_err(|_| {
-        Failure::failed(anyhow!(
-            "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
-        ))
-    })?;
-    match event.map_err(Failure::failed)? {
-        Event::Message(FromAgent::Ready { generation }) => {
-            debug!(generation, descriptors = agent.held(), "agent ready");
-            Ok(())
-        }
-        Event::Message(FromAgent::Failed { exit_code, reason }) => {
-            Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)))
-        }
-        Event::Message(FromAgent::Stopped) => {
-            Err(Failure::failed(anyhow!("the agent stopped without an order")))
-        }
-        Event::Ended(status) => {
-            let exit =
-                status.code().and_then(|code| u8::try_from(code).ok()).map_or(Exit::Failed, Exit::from_code);
-            let exit = if exit == Exit::Good { Exit::Failed } else { exit };
-            Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({status})")))
-        }
-    }
-}
-
-/// Why supervision ended.
-enum End {
-    /// By a signal.
-    Ordered,
-    /// The namespace's name, path or process is gone.
-    NamespaceGone,
-    /// The agent ended or cannot be understood.
-    Broken(anyhow::Error),
-}
-
-/// Hands changes of the directory to the agent, until the end.
-async fn supervise(plan: &mut Plan, made: &mut Made, signals: &mut Signals) -> End {
-    let agent = made.agent.as_mut().expect("the agent is ready");
-    let mut gone = interval(GONE_CHECK);
-    gone.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            biased;
-            () = signals.next() => return End::Ordered,
-            _ = gone.tick() => {
-                if plan.netns.is_gone() {
-                    return End::NamespaceGone;
-                }
-            }
-            event = agent.next(&mut plan.queue) => match event {
-                Ok(Event::Message(FromAgent::Ready { generation })) => debug!(generation, "agent ready"),
-                Ok(Event::Message(FromAgent::Failed { reason, .. })) => {
-                    return End::Broken(anyhow!("the agent failed: {reason}"));
-                }
-                Ok(Event::Message(FromAgent::Stopped)) => {
-                    return End::Broken(anyhow!("the agent stopped without an order"));
-                }
-                Ok(Event::Ended(status)) => return End::Broken(anyhow!("the agent ended ({status})")),
-                Err(error) => return End::Broken(error.into()),
-            },
-            // While the agent does not keep up, changes gather in the directory and come as one.
-            changes = plan.source.next(), if plan.queue.is_empty() => plan.commit(changes),
-        }
-    }
-}
-
-/// Removes everything in reverse; the guard last, and only if nothing else is left.
-async fn take_down(plan: &Plan, mut made: Made) -> Result<Exit, Failure> {
-    if let Some(agent) = made.agent.take()
-        && agent.stop().await.map_err(Failure::kernel)? == Stop::Unclean
-    {
+/// Removes everything in reverse; the guard last, and only if nothing else is left and it is ours to remove.
+async fn take_down(
+    mut supervisor: Supervisor<'_>,
+    runtime: &Runtime,
+    remove_guard: bool,
+) -> Result<Exit, Failure> {
+    let stopped = supervisor.stop().await.map_err(Failure::kernel)?;
+    let plan = supervisor.plan;
+    if stopped == Stop::Unclean && remove_guard {
         let swept = plan.netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
         swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
     }
-    if made.guard {
+    if remove_guard {
         report_guard(plan);
         guard::remove(&plan.netns_fd).map_err(Failure::kernel)?;
+        runtime.remove();
     }
-    made.lock.remove();
     info!(netns = plan.netns.name(), "removed");
     Ok(Exit::Good)
 }

@@ -3,7 +3,8 @@
 //! 1. the namespace is opened and looked at
 //! 2. the directory is read; it, or the operator, names the project
 //! 3. resolv.conf and key are read, and compared with the project
-//! 4. own addresses are fixed, their keys derived; the first generation is queued
+//! 4. own addresses are fixed, their keys derived
+//! 5. later, each new agent is told all of it and the whole directory; what changes comes in generations
 //!
 //! May touch: nothing but by reading; the directory is watched from here on.
 
@@ -11,17 +12,19 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use tracing::{debug, warn};
 
 use super::Failure;
 use super::directory::file::{FileSource, Manifests, SourceError};
+use super::guard::Skeleton;
 use super::keys::{KeyError, ProjectKey, Suite};
 use super::pod::network::{NetworkError, PodNetwork};
 use super::pod::resolv::{ResolvConf, ResolvError};
 use super::pod::{self, PodError, PodNetns, Target};
-use crate::agent::control::{self, Init, OwnAddress, Seed, ToAgent};
+use crate::agent::control::{self, Carried, Init, OwnAddress, Place, Seed, ToAgent};
 use crate::cli;
 use crate::proto::directory::Change;
 
@@ -31,16 +34,15 @@ pub(super) struct Plan {
     /// A second descriptor of the namespace.
     pub(super) netns_fd: OwnedFd,
     pub(super) project: String,
-    pub(super) port: u16,
     pub(super) network: PodNetwork,
     pub(super) addresses: Vec<IpAddr>,
     pub(super) resolvers: Vec<IpAddr>,
-    /// What the agent will be told; taken when it is.
-    pub(super) init: Option<Init>,
+    pub(super) skeleton: Skeleton,
+    /// What an agent is told, but for what makes one agent different from the next.
+    pub(super) init: Init,
     pub(super) source: FileSource,
-    /// What is still to be sent to the agent.
-    pub(super) queue: VecDeque<ToAgent>,
-    pub(super) generation: u64,
+    generation: u64,
+    arguments: cli::Launch,
 }
 
 impl Plan {
@@ -59,11 +61,6 @@ impl Plan {
                 arguments.directory.display()
             )));
         }
-        let resolv = ResolvConf::read(&netns, arguments.resolv_conf.as_deref(), &project)
-            .map_err(Failure::coded(ResolvError::exit_code))?;
-        // The cipher is WireGuard's own until there is a flag for it.
-        let key = ProjectKey::read(&arguments.project_key_file, &project, Suite::default())
-            .map_err(Failure::coded(KeyError::exit_code))?;
         let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
         if addresses.is_empty() {
             return Err(Failure::usage(anyhow!(
@@ -72,50 +69,81 @@ impl Plan {
                 network.interface
             )));
         }
+        let (resolv, key) = read_files(arguments, &netns, &project)?;
         let resolvers = capturable(&resolv, &addresses);
-        let mut seed = Seed([0; 32]);
-        aws_lc_rs::rand::fill(&mut seed.0)
-            .map_err(|_| Failure::kernel(anyhow!("the system gives no random numbers")))?;
-        let own = |address| OwnAddress { address, secret: key.static_secret(address) };
-        let init = Init {
-            addresses: addresses.iter().copied().map(own).collect(),
-            port: arguments.port,
-            link_mtu: network.mtu,
-            zone: resolv.zone,
+        let init = init(arguments, &netns, &network, &addresses, resolv.zone, &resolvers, &key);
+        let skeleton = Skeleton {
+            device: network.interface.as_str().try_into().map_err(Failure::usage)?,
+            tunnel_port: arguments.port,
             resolvers: resolvers.clone(),
-            dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
-            hold_dns_ports: network.dns_ports.keep_bound,
-            inject: arguments.inject.into(),
-            seed,
-            rekey_after_s: arguments.rekey_after,
+            dns_ports: network.dns_ports.range.clone(),
         };
-        let (source, changes) = manifests
+        let source = manifests
             .follow(key, addresses.clone())
             .context("cannot watch the directory")
             .map_err(Failure::kernel)?;
-        let mut plan = Self {
+        Ok(Self {
             netns,
             netns_fd,
             project,
-            port: arguments.port,
             network,
             addresses,
             resolvers,
-            init: Some(init),
+            skeleton,
+            init,
             source,
-            queue: VecDeque::new(),
             generation: 0,
-        };
-        plan.commit(changes);
-        Ok(plan)
+            arguments: arguments.clone(),
+        })
     }
 
-    /// Queues changes as the next generation.
-    pub(super) fn commit(&mut self, changes: Vec<Change>) {
+    /// Reads key file and resolv.conf again; the next agent is told what they say.
+    pub(super) fn renew(&mut self) -> Result<(), Failure> {
+        let (resolv, key) = read_files(&self.arguments, &self.netns, &self.project)?;
+        self.resolvers = capturable(&resolv, &self.addresses);
+        self.skeleton.resolvers.clone_from(&self.resolvers);
+        self.init = init(
+            &self.arguments,
+            &self.netns,
+            &self.network,
+            &self.addresses,
+            resolv.zone,
+            &self.resolvers,
+            &key,
+        );
+        self.source.set_key(key);
+        Ok(())
+    }
+
+    /// What a new agent is told: which descriptors come along, whether it waits for its predecessor, and randomness of its
+    /// own.
+    pub(super) fn init_for(
+        &self,
+        carried: Vec<Carried>,
+        parked: bool,
+        runtime: &Path,
+    ) -> anyhow::Result<Init> {
+        let mut init = self.init.clone();
+        aws_lc_rs::rand::fill(&mut init.seed.0).map_err(|_| anyhow!("the system gives no random numbers"))?;
+        init.carried = carried;
+        init.parked = parked;
+        init.place.runtime = runtime.to_owned();
+        Ok(init)
+    }
+
+    /// The messages that bring changes as the next generation.
+    pub(super) fn commit(&mut self, changes: Vec<Change>, whole: bool) -> VecDeque<ToAgent> {
         self.generation += 1;
-        debug!(generation = self.generation, changes = changes.len(), "directory");
-        self.queue.extend(control::chunks(changes));
-        self.queue.push_back(ToAgent::Commit { generation: self.generation });
+        debug!(generation = self.generation, changes = changes.len(), whole, "directory");
+        let mut messages = VecDeque::from(control::chunks(changes));
+        messages.push_back(ToAgent::Commit { generation: self.generation, whole });
+        messages
+    }
+
+    /// The messages that bring the whole directory to an agent that may know another one, or none.
+    pub(super) fn whole(&mut self) -> VecDeque<ToAgent> {
+        let changes = self.source.whole();
+        self.commit(changes, true)
     }
 
     /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
@@ -126,12 +154,52 @@ impl Plan {
             self.netns.name(),
             self.project,
             self.network.interface,
-            self.port
+            self.init.port
         );
         let mut stdout = io::stdout();
         if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
             warn!(%error, "cannot print that the pod is protected");
         }
+    }
+}
+
+fn read_files(
+    arguments: &cli::Launch,
+    netns: &PodNetns,
+    project: &str,
+) -> Result<(ResolvConf, ProjectKey), Failure> {
+    let resolv = ResolvConf::read(netns, arguments.resolv_conf.as_deref(), project)
+        .map_err(Failure::coded(ResolvError::exit_code))?;
+    // The cipher is WireGuard's own until there is a flag for it.
+    let key = ProjectKey::read(&arguments.project_key_file, project, Suite::default())
+        .map_err(Failure::coded(KeyError::exit_code))?;
+    Ok((resolv, key))
+}
+
+fn init(
+    arguments: &cli::Launch,
+    netns: &PodNetns,
+    network: &PodNetwork,
+    addresses: &[IpAddr],
+    zone: Option<String>,
+    resolvers: &[IpAddr],
+    key: &ProjectKey,
+) -> Init {
+    let own = |address| OwnAddress { address, secret: key.static_secret(address) };
+    Init {
+        carried: Vec::new(),
+        parked: false,
+        place: Place { path: netns.path(), identity: netns.identity(), runtime: PathBuf::new() },
+        addresses: addresses.iter().copied().map(own).collect(),
+        port: arguments.port,
+        link_mtu: network.mtu,
+        zone,
+        resolvers: resolvers.to_vec(),
+        dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
+        hold_dns_ports: network.dns_ports.keep_bound,
+        inject: arguments.inject.into(),
+        seed: Seed([0; 32]),
+        rekey_after_s: arguments.rekey_after,
     }
 }
 

@@ -1,272 +1,456 @@
-//! One agent process, from spawn to its end.
+//! Keeps exactly one agent in the pod: adopts it, watches it, replaces it, upgrades it.
 //!
-//! 1. [`Agent::spawn`] starts our own executable with three descriptors and nothing else: no secret in argv, an environment
-//!    of one variable (the log filter), standard input and output on /dev/null
-//! 2. [`Agent::initialise`] hands over keys and configuration; [`Agent::next`] sends what is queued and takes what comes
-//! 3. what came with `Ready` (`tenc0`, the UDP sockets) is held for the agent's life, so that its death frees no device and
-//!    no port
-//! 4. [`Agent::stop`] orders the end and waits for it; [`Agent::kill`] does not ask
+//! 1. [`Supervisor::start`] takes over the agent that an earlier launcher left, or starts one
+//! 2. [`Supervisor::run`] hands on changes of the directory and asks for a sign of life every second
+//! 3. an agent that ended, or is frozen and was killed for it, is replaced: its successor goes on with `tenc0` and the sockets
+//!    that we hold, oldest packets first, and with the flows of the state file
+//! 4. [`Supervisor::upgrade`]: the running agent hands flows, sessions and counters to its successor
 //!
-//! An agent outlives its launcher: nothing here ties its life to ours. May touch: the child process, the channel.
+//! A replaced agent has ended before its successor reads: no counter of a key is ever used twice. An agent that fails again
+//! and again is started with growing pauses; the pod stays closed meanwhile. May touch: what [`super::process`] may.
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::{ExitStatus, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::io::{FdFlags, fcntl_setfd};
-use tokio::io::unix::AsyncFd;
-use tokio::process::{Child, Command};
-use tokio::time::timeout;
-use tracing::{debug, warn};
+use anyhow::{Context as _, anyhow, bail};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use tracing::{debug, info, warn};
 
-use crate::agent::control::{self, ChannelError, FromAgent, Init, LauncherChannel, Received, ToAgent};
-use crate::sys::async_fd;
-use crate::telemetry::LOG_VARIABLE;
+use super::dns_helper::{self, DnsHelper};
+use super::guard;
+use super::plan::Plan;
+use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
+use super::runtime::Runtime;
+use super::{Failure, Signals};
+use crate::agent::control::{Carried, FromAgent, ToAgent};
+use crate::agent::executable;
+use crate::cli::Exit;
+use crate::proto::mtu::tun_mtu;
 
-/// How often a send is tried again while the agent's queue is full: the agent reads within one turn of its loop.
-const RETRY: Duration = Duration::from_millis(2);
+/// From the agent's start to its `Ready`; thousands of routes take less than a second.
+const READY_LIMIT: Duration = Duration::from_secs(10);
+/// How often the namespace's name is looked up: nothing tells when it goes.
+const GONE_CHECK: Duration = Duration::from_millis(200);
+/// Signs of life that may be missing before an agent counts as frozen.
+const MISSED_MAX: u32 = 3;
+/// How often an agent is asked for one: an idle agent wakes for nothing else.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// An agent may take this long to hand over: it waits for DNS answers on their way.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
+/// Pause before an agent that ended soon after its start is started again; doubled each time.
+const PAUSE: Duration = Duration::from_millis(50);
+/// The longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// An agent that lived this long did not fail at its start.
+const SETTLED: Duration = Duration::from_secs(5);
 
-/// How long after the end of its channel the end of an agent is waited for: the kernel closes descriptors while it exits.
-const END_LIMIT: Duration = Duration::from_secs(1);
-
-/// How long an agent may take to remove what it made. A pod with thousands of routes needs a fraction of it.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
-
-/// Variables that test builds hand on, so that faults can be injected into the agent.
-#[cfg(feature = "fault-injection")]
-const FAULT_VARIABLE: &str = "TENCRYPT_FAULT";
-
-/// Why there is no agent, or none any more.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    /// The process could not be started.
-    #[error("cannot start the agent")]
-    Spawn(#[source] io::Error),
-    /// The channel could not be made or polled.
-    #[error("cannot make the channel to the agent")]
-    Channel(#[source] io::Error),
-    /// Sending failed, or what was received is no message.
-    #[error("channel to the agent")]
-    Message(#[from] ChannelError),
-    /// The agent closed the channel.
-    #[error("the agent closed its channel")]
-    Closed,
-    /// The end of the process could not be waited for.
-    #[error("cannot wait for the agent's end")]
-    Wait(#[source] io::Error),
+/// Why supervision ended.
+pub(super) enum End {
+    /// By a signal that asks for everything to be removed.
+    Ordered,
+    /// By a signal that asks the launcher alone to go.
+    Left,
+    /// The namespace's name, path or process is gone.
+    NamespaceGone,
+    /// The agent cannot be ended or understood.
+    Broken(anyhow::Error),
 }
 
-/// What an agent did.
-#[derive(Debug)]
-pub enum Event {
-    /// It said something.
-    Message(FromAgent),
-    /// It ended, and was reaped.
-    Ended(ExitStatus),
+/// The agent of one pod and what it needs.
+pub(super) struct Supervisor<'a> {
+    pub(super) plan: &'a mut Plan,
+    runtime: &'a Runtime,
+    log_filter: &'a str,
+    helper: Option<DnsHelper>,
+    agent: Option<Agent>,
+    /// What is still to be sent to the agent.
+    queue: VecDeque<ToAgent>,
+    /// `tenc0` and the sockets of an agent that ended.
+    spare: Vec<OwnedFd>,
+    /// The agent has to be ready by then; none: it is.
+    ready_by: Option<Instant>,
+    started: Instant,
+    pause: Duration,
+    /// When the next agent is started; none: one runs.
+    start_at: Option<Instant>,
+    /// Signs of life that are missing.
+    missed: u32,
 }
 
-/// How an ordered stop went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// The agent removed everything it had made.
-    Clean,
-    /// The agent ended, or had to be killed, without saying so: its objects may be there still.
-    Unclean,
-}
-
-/// A running agent.
-#[derive(Debug)]
-pub struct Agent {
-    child: Child,
-    channel: LauncherChannel,
-    /// A duplicate of the channel's descriptor, for readiness only.
-    readable: AsyncFd<OwnedFd>,
-    /// What the agent handed over when it was ready.
-    held: Vec<OwnedFd>,
-}
-
-impl Agent {
-    /// Starts an agent that will enter `netns` and keep `lock` for its life. Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// [`AgentError::Spawn`], [`AgentError::Channel`].
-    pub fn spawn(netns: BorrowedFd<'_>, lock: BorrowedFd<'_>, log_filter: &str) -> Result<Self, AgentError> {
-        let (channel, theirs) = control::pair()?;
-        let duplicate = channel.as_fd().try_clone_to_owned().map_err(AgentError::Channel)?;
-        let readable = async_fd::readable(duplicate).map_err(AgentError::Channel)?;
-        let netns = netns.try_clone_to_owned().map_err(AgentError::Spawn)?;
-        let lock = lock.try_clone_to_owned().map_err(AgentError::Spawn)?;
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("tencrypt")
-            .arg("agent")
-            .args(["--netns-fd", &netns.as_raw_fd().to_string()])
-            .args(["--channel-fd", &theirs.as_raw_fd().to_string()])
-            .args(["--lock-fd", &lock.as_raw_fd().to_string()])
-            .env_clear()
-            .env(LOG_VARIABLE, log_filter)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            .kill_on_drop(false);
-        #[cfg(feature = "fault-injection")]
-        if let Some(faults) = std::env::var_os(FAULT_VARIABLE) {
-            command.env(FAULT_VARIABLE, faults);
-        }
-        // These alone survive exec, and are closed here as soon as the agent has them: no other program is started in
-        // between, for the launcher starts programs from one thread only.
-        for descriptor in [&netns, &theirs, &lock] {
-            fcntl_setfd(descriptor, FdFlags::empty()).map_err(|e| AgentError::Spawn(e.into()))?;
-        }
-        let child = command.spawn().map_err(AgentError::Spawn)?;
-        Ok(Self { child, channel, readable, held: Vec::new() })
-    }
-
-    /// Process id, while it is not reaped.
-    #[must_use]
-    pub fn id(&self) -> Option<u32> {
-        self.child.id()
-    }
-
-    /// Sends the first message and its descriptors; the agent's queue is empty then, so there is nothing to wait for.
-    ///
-    /// # Errors
-    /// [`AgentError::Message`], [`AgentError::Closed`].
-    pub fn initialise(&self, init: Init, descriptors: &[BorrowedFd<'_>]) -> Result<(), AgentError> {
-        match self.channel.try_send(&ToAgent::Init(Box::new(init)), descriptors) {
-            Ok(true) => Ok(()),
-            Ok(false) | Err(ChannelError::Closed) => Err(AgentError::Closed),
-            Err(error) => Err(error.into()),
+impl<'a> Supervisor<'a> {
+    pub(super) fn new(plan: &'a mut Plan, runtime: &'a Runtime, log_filter: &'a str) -> Self {
+        Self {
+            plan,
+            runtime,
+            log_filter,
+            helper: None,
+            agent: None,
+            queue: VecDeque::new(),
+            spare: Vec::new(),
+            ready_by: None,
+            started: Instant::now(),
+            pause: Duration::ZERO,
+            start_at: None,
+            missed: 0,
         }
     }
 
-    /// Waits for what the agent does next, and sends the messages of `queue` meanwhile, in order. Descriptors that come with
-    /// `Ready` are held.
+    /// Ends when an agent protects the pod.
     ///
     /// # Errors
-    /// [`AgentError::Message`] for anything that is no message: the agent is broken and not to be listened to any more.
+    /// It could not be started, or did not become ready.
     ///
     /// # Cancel safety
-    /// A call that is dropped before it returns loses no message: what was sent is out of the queue, the rest is in it.
-    pub async fn next(&mut self, queue: &mut VecDeque<ToAgent>) -> Result<Event, AgentError> {
+    /// What was started is known to [`Self::stop`].
+    pub(super) async fn start(&mut self) -> Result<(), Failure> {
+        if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
+            let identity = self.plan.netns.identity();
+            if let Some((agent, adopted)) = Agent::adopt(channel, identity).await.map_err(Failure::kernel)? {
+                return self.take_over(agent, adopted).await;
+            }
+        }
+        self.spawn().map_err(Failure::kernel)?;
+        let agent = self.agent.as_mut().expect("just started");
+        wait_until_ready(agent, &mut self.queue).await?;
+        self.ready_by = None;
+        Ok(())
+    }
+
+    async fn take_over(&mut self, agent: Agent, adopted: Adopted) -> Result<(), Failure> {
+        info!(pid = agent.id(), "the agent of an earlier launcher goes on");
+        self.agent = Some(agent);
+        self.started = Instant::now();
+        self.queue = self.plan.whole();
+        let same = adopted.fingerprint == self.plan.init.fingerprint()
+            && executable().is_ok_and(|own| own == adopted.executable);
+        if !same {
+            info!("it is of another build, or was told something else: it hands over to a new one");
+            self.upgrade().await.map_err(Failure::failed)?;
+        }
+        Ok(())
+    }
+
+    /// Starts an agent and sends it everything but what makes it read: its `Ready` is still to come.
+    fn spawn(&mut self) -> anyhow::Result<()> {
+        let agent = self.new_agent(false)?;
+        debug!(pid = agent.id(), "agent started");
+        self.queue = self.plan.whole();
+        self.agent = Some(agent);
+        self.started = Instant::now();
+        self.ready_by = Some(self.started + READY_LIMIT);
+        self.start_at = None;
+        self.missed = 0;
+        Ok(())
+    }
+
+    fn new_agent(&mut self, parked: bool) -> anyhow::Result<Agent> {
+        if self.helper.is_none() && !self.plan.resolvers.is_empty() {
+            let mtu = tun_mtu(self.plan.network.mtu, &self.plan.addresses);
+            self.helper = Some(dns_helper::open(&self.plan.resolvers, mtu)?);
+        }
+        let state = self.runtime.state()?;
+        let mut carried: Vec<(Carried, BorrowedFd<'_>)> = vec![(Carried::State, state.as_fd())];
+        carried.extend(self.plan.netns.process().map(|fd| (Carried::Process, fd)));
+        let inherited = self.agent.as_ref().map_or(&self.spare[..], Agent::held);
+        let kinds = [Carried::Tun].into_iter().chain(std::iter::repeat(Carried::Socket));
+        carried.extend(kinds.zip(inherited.iter().map(AsFd::as_fd)));
+        if let Some(DnsHelper { tun, listeners }) = &self.helper {
+            carried.push((Carried::HelperTun, tun.as_fd()));
+            carried.extend(listeners.iter().map(|fd| (Carried::HelperListener, fd.as_fd())));
+        }
+        let (kinds, descriptors): (Vec<_>, Vec<_>) = carried.into_iter().unzip();
+        let init = self.plan.init_for(kinds, parked, self.runtime.stem())?;
+        let agent = Agent::spawn(self.plan.netns.as_fd(), self.runtime.listener()?, self.log_filter)?;
+        // Before it does anything that has to be found again. One that is never told what to do ends by itself.
+        if !parked {
+            self.runtime.publish()?;
+        }
+        agent.initialise(init, &descriptors)?;
+        Ok(agent)
+    }
+
+    /// Watches the agent and hands it what changes, until the end.
+    pub(super) async fn run(&mut self, signals: &mut Signals) -> End {
+        let mut gone = interval(GONE_CHECK);
+        let mut heartbeat = interval(HEARTBEAT);
+        for timer in [&mut gone, &mut heartbeat] {
+            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         loop {
+            let due = [self.ready_by, self.start_at].into_iter().flatten().min();
+            let due_at = due.unwrap_or_else(|| Instant::now() + HEARTBEAT);
             tokio::select! {
                 biased;
-                received = receive(&self.channel, &self.readable) => match received? {
-                    Received::Message(message, descriptors) => {
-                        if matches!(message, FromAgent::Ready { .. }) {
-                            self.held = descriptors;
+                signal = signals.next() => match signal {
+                    super::Order::Stop => return End::Ordered,
+                    super::Order::Leave => return End::Left,
+                    super::Order::Renew => {
+                        self.renew();
+                        if let Err(error) = self.upgrade().await {
+                            warn!(error = format!("{error:#}"), "the agent could not be replaced in order");
                         }
-                        return Ok(Event::Message(message));
                     }
-                    Received::Closed => return self.end().await,
                 },
-                sent = flush(&self.channel, queue) => match sent {
-                    Ok(()) => {}
-                    // Its last words may still be unread.
-                    Err(ChannelError::Closed) => queue.clear(),
-                    Err(error) => return Err(error.into()),
-                },
+                _ = gone.tick() => {
+                    if self.plan.netns.is_gone() {
+                        return End::NamespaceGone;
+                    }
+                }
+                event = next(&mut self.agent, &mut self.queue) => {
+                    if let Err(error) = self.handle(event).await {
+                        return End::Broken(error);
+                    }
+                }
+                _ = heartbeat.tick() => {
+                    if let Err(error) = self.beat().await {
+                        return End::Broken(error.into());
+                    }
+                }
+                () = sleep_until(due_at), if due.is_some() => {
+                    if let Err(error) = self.due().await {
+                        return End::Broken(error.into());
+                    }
+                }
+                // While the agent does not keep up, changes gather in the directory and come as one.
+                changes = self.plan.source.next(), if self.queue.is_empty() => {
+                    let messages = self.plan.commit(changes, false);
+                    if self.agent.is_some() {
+                        self.queue = messages;
+                    }
+                }
             }
         }
     }
 
-    /// The agent closed its channel: an agent does that by ending.
-    async fn end(&mut self) -> Result<Event, AgentError> {
-        match timeout(END_LIMIT, self.child.wait()).await {
-            Ok(status) => status.map(Event::Ended).map_err(AgentError::Wait),
-            Err(_) => Err(AgentError::Closed),
+    async fn handle(&mut self, event: Result<Event, AgentError>) -> anyhow::Result<()> {
+        match event {
+            Ok(Event::Message(message, _)) => self.heard(message).await,
+            Ok(Event::Ended(ended)) => {
+                self.lost(ended);
+                Ok(())
+            }
+            // Broken, whatever it is: not to be listened to any more.
+            Err(error) => {
+                warn!(error = super::process::describe(&error), "the agent is killed and replaced");
+                self.replace().await.context("kill the agent")
+            }
         }
     }
 
-    /// Descriptors held on behalf of the agent.
-    #[must_use]
-    pub fn held(&self) -> usize {
-        self.held.len()
+    async fn heard(&mut self, message: FromAgent) -> anyhow::Result<()> {
+        self.missed = 0;
+        match message {
+            FromAgent::Ready { generation, .. } => {
+                info!(
+                    generation,
+                    pid = self.agent.as_ref().map(Agent::id),
+                    "the agent protects the pod again"
+                );
+                self.ready_by = None;
+            }
+            FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
+            FromAgent::GuardLost => self.load_guard()?,
+            FromAgent::Hello { .. }
+            | FromAgent::Pong
+            | FromAgent::TunReplaced
+            | FromAgent::HandedOver
+            | FromAgent::Stopped => {}
+        }
+        Ok(())
     }
 
-    /// Orders the agent to remove everything and end; kills it if that takes longer than five seconds.
+    /// The guard's skeleton is loaded again; the agent refills its sets.
+    fn load_guard(&mut self) -> anyhow::Result<()> {
+        match guard::load(&self.plan.netns_fd, &self.plan.skeleton) {
+            Ok(_) => self.queue.push_back(ToAgent::GuardLoaded),
+            // It asks again.
+            Err(error) => warn!(error = super::process::describe(&error), "the guard cannot be loaded again"),
+        }
+        Ok(())
+    }
+
+    /// Asks for a sign of life; an agent that gave none for a while is replaced.
+    async fn beat(&mut self) -> Result<(), AgentError> {
+        let Some(agent) = self.agent.as_ref().filter(|_| self.ready_by.is_none()) else { return Ok(()) };
+        if self.missed >= MISSED_MAX {
+            warn!(pid = agent.id(), "the agent is frozen: it is killed and replaced");
+            return self.replace().await;
+        }
+        // Taken back when it answers.
+        self.missed += 1;
+        match agent.send(&ToAgent::Ping, &[]) {
+            // A full queue is a sign that is missing; a closed one is seen as the agent's end.
+            Ok(()) | Err(AgentError::Closed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn due(&mut self) -> Result<(), AgentError> {
+        let now = Instant::now();
+        if self.ready_by.is_some_and(|at| at <= now) {
+            warn!("the agent was not ready within {READY_LIMIT:?}: it is killed and replaced");
+            self.replace().await?;
+        }
+        if self.start_at.is_some_and(|at| at <= now)
+            && let Err(error) = self.spawn()
+        {
+            warn!(error = format!("{error:#}"), "cannot start an agent: the pod stays closed");
+            self.start_later();
+        }
+        Ok(())
+    }
+
+    async fn replace(&mut self) -> Result<(), AgentError> {
+        if let Some(agent) = &mut self.agent {
+            agent.kill().await?;
+            self.lost(Ended { code: Some(128 + 9) });
+        }
+        Ok(())
+    }
+
+    /// The agent has ended; a successor is started, soon.
+    fn lost(&mut self, ended: Ended) {
+        let Some(agent) = self.agent.take() else { return };
+        warn!(pid = agent.id(), %ended, "the agent ended: the pod is closed until a new one is ready");
+        let held = agent.into_held();
+        if !held.is_empty() {
+            self.spare = held;
+        }
+        self.queue.clear();
+        self.ready_by = None;
+        if self.started.elapsed() >= SETTLED {
+            self.pause = Duration::ZERO;
+        }
+        self.start_later();
+    }
+
+    fn start_later(&mut self) {
+        self.start_at = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).clamp(PAUSE, PAUSE_MAX);
+    }
+
+    /// Reads key file and resolv.conf again.
+    fn renew(&mut self) {
+        if let Err(failure) = self.plan.renew() {
+            warn!(error = format!("{:#}", failure.error), "what was known before stays");
+        }
+        // Resolvers may have changed: their addresses stand in the helper namespace.
+        self.helper = None;
+    }
+
+    /// Replaces the agent in order: no packet is lost.
     ///
     /// # Errors
-    /// [`AgentError::Wait`] if the process cannot be killed or reaped.
-    pub async fn stop(mut self) -> Result<Stop, AgentError> {
-        match timeout(STOP_LIMIT, self.stop_in_order()).await {
-            Ok(Ok(true)) => return Ok(Stop::Clean),
-            Ok(Ok(false)) => {}
-            Ok(Err(error)) => warn!(error = describe(&error), "the agent did not stop in order"),
-            Err(_) => warn!(limit = ?STOP_LIMIT, "the agent did not stop in time and is killed"),
+    /// The successor did not become ready: the old one goes on.
+    pub(super) async fn upgrade(&mut self) -> anyhow::Result<()> {
+        if self.agent.is_none() || self.ready_by.is_some() {
+            bail!("there is no agent that could hand over");
         }
-        self.kill().await?;
-        Ok(Stop::Unclean)
+        let mut successor = self.new_agent(true)?;
+        let mut queue = self.plan.whole();
+        let ready = wait_until_ready(&mut successor, &mut queue).await;
+        if let Err(failure) = ready {
+            successor.kill().await?;
+            return Err(failure.error.context("the successor was not ready: the old agent goes on"));
+        }
+        self.runtime.publish()?;
+        let mut old = self.agent.take().expect("looked at before");
+        let state = match timeout(HAND_OVER_LIMIT, hand_over(&mut old)).await {
+            Ok(Ok(state)) => Some(state),
+            Ok(Err(error)) => {
+                warn!(error = format!("{error:#}"), "nothing was handed over: sessions are made anew");
+                None
+            }
+            Err(_) => {
+                warn!("the agent did not hand over in time and is killed: sessions are made anew");
+                None
+            }
+        };
+        // Two must not read: the old one has ended before the new one goes on.
+        old.kill().await?;
+        self.queue = queue;
+        self.started = Instant::now();
+        self.missed = 0;
+        let descriptors: Vec<_> = state.iter().map(AsFd::as_fd).collect();
+        successor.send(&ToAgent::Resume, &descriptors)?;
+        info!(pid = successor.id(), from = old.id(), "the agent was replaced");
+        self.agent = Some(successor);
+        Ok(())
     }
 
-    /// Whether the agent said that it had stopped, and then ended well.
-    async fn stop_in_order(&mut self) -> Result<bool, AgentError> {
-        let mut queue = VecDeque::from([ToAgent::Stop]);
-        let mut stopped = false;
+    /// Orders the agent to remove everything.
+    ///
+    /// # Errors
+    /// It could not be ended.
+    pub(super) async fn stop(&mut self) -> Result<Stop, AgentError> {
+        self.spare.clear();
+        match self.agent.take() {
+            Some(agent) => agent.stop().await,
+            None => Ok(Stop::Unclean),
+        }
+    }
+
+    /// Ends the agent without a word.
+    ///
+    /// # Errors
+    /// It could not be ended.
+    pub(super) async fn kill(&mut self) -> Result<(), AgentError> {
+        match &mut self.agent {
+            Some(agent) => agent.kill().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the agent does next; never, while there is none.
+async fn next(agent: &mut Option<Agent>, queue: &mut VecDeque<ToAgent>) -> Result<Event, AgentError> {
+    match agent {
+        Some(agent) => agent.next(queue).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
+    let ready = async {
         loop {
-            match self.next(&mut queue).await? {
-                Event::Message(FromAgent::Stopped) => stopped = true,
-                Event::Message(FromAgent::Failed { reason, .. }) => {
-                    warn!(reason, "the agent failed while it stopped")
+            match agent.next(queue).await.map_err(Failure::failed)? {
+                Event::Message(FromAgent::Ready { generation, .. }, _) => {
+                    debug!(generation, descriptors = agent.held().len(), "agent ready");
+                    return Ok(());
                 }
-                Event::Message(FromAgent::Ready { .. }) => {}
-                Event::Ended(status) => {
-                    if !status.success() {
-                        debug!(%status, "the agent ended badly");
-                    }
-                    return Ok(stopped && status.success());
+                Event::Message(FromAgent::Failed { exit_code, reason }, _) => {
+                    return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
+                }
+                Event::Message(FromAgent::Stopped, _) => {
+                    return Err(Failure::failed(anyhow!("the agent stopped without an order")));
+                }
+                Event::Message(..) => {}
+                Event::Ended(ended) => {
+                    let code = ended.code.and_then(|code| u8::try_from(code).ok());
+                    let exit = code.map_or(Exit::Failed, Exit::from_code);
+                    let exit = if exit == Exit::Good { Exit::Failed } else { exit };
+                    return Err(Failure::new(exit, anyhow!("the agent ended before it was ready ({ended})")));
                 }
             }
         }
-    }
-
-    /// Kills the agent, if it has not ended, and reaps it.
-    ///
-    /// # Errors
-    /// [`AgentError::Wait`].
-    pub async fn kill(mut self) -> Result<(), AgentError> {
-        if self.child.id().is_none() {
-            return Ok(());
-        }
-        // The child is not reaped before this call waits for it, so the signal cannot reach another process.
-        self.child.kill().await.map_err(AgentError::Wait)
-    }
+    };
+    timeout(READY_LIMIT, ready).await.unwrap_or_else(|_| {
+        Err(Failure::failed(anyhow!(
+            "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
+        )))
+    })
 }
 
-/// Receives one message; cancelled, it has received none.
-async fn receive(
-    channel: &LauncherChannel,
-    readable: &AsyncFd<OwnedFd>,
-) -> Result<Received<FromAgent>, AgentError> {
+/// Orders the agent to hand over, and waits for its end: what it handed over.
+async fn hand_over(old: &mut Agent) -> anyhow::Result<OwnedFd> {
+    let mut queue = VecDeque::from([ToAgent::HandOver]);
+    let mut state = None;
     loop {
-        let mut guard = readable.readable().await.map_err(AgentError::Channel)?;
-        match channel.try_recv()? {
-            Some(received) => return Ok(received),
-            None => guard.clear_ready(),
+        match old.next(&mut queue).await? {
+            Event::Message(FromAgent::HandedOver, mut descriptors) => state = descriptors.pop(),
+            Event::Message(..) => {}
+            Event::Ended(ended) => return state.with_context(|| format!("the agent ended {ended}")),
         }
     }
-}
-
-/// Sends what is queued; never returns if that is nothing. Cancelled, it leaves in the queue what was not sent.
-async fn flush(channel: &LauncherChannel, queue: &mut VecDeque<ToAgent>) -> Result<(), ChannelError> {
-    if queue.is_empty() {
-        return std::future::pending().await;
-    }
-    while let Some(message) = queue.front() {
-        if channel.try_send(message, &[])? {
-            queue.pop_front();
-        } else {
-            tokio::time::sleep(RETRY).await;
-        }
-    }
-    Ok(())
-}
-
-/// An error with its causes, on one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

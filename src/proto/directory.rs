@@ -129,6 +129,25 @@ impl Directory {
         Self { own, ..Self::default() }
     }
 
+    /// The removals of everything that a whole directory, given as changes from nothing, does not name.
+    #[must_use]
+    pub fn missing_from(&self, whole: &[Change]) -> Vec<Change> {
+        let (mut workloads, mut vips, mut exempt) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for change in whole {
+            match change {
+                Change::SetWorkload(workload) => workloads.insert(workload.address),
+                Change::SetVip(vip) => vips.insert(vip.address),
+                Change::SetExempt(address) => exempt.insert(*address),
+                Change::RemoveWorkload(_) | Change::RemoveVip(_) | Change::RemoveExempt(_) => false,
+            };
+        }
+        let vips = self.vips.keys().filter(|a| !vips.contains(a)).map(|a| Change::RemoveVip(*a));
+        let workloads =
+            self.workloads.keys().filter(|a| !workloads.contains(a)).map(|a| Change::RemoveWorkload(*a));
+        let exempt = self.exempt.difference(&exempt).map(|a| Change::RemoveExempt(*a));
+        vips.chain(workloads).chain(exempt).collect()
+    }
+
     /// Applies one change.
     pub fn apply(&mut self, change: Change, now: Now) -> Effect {
         match change {

@@ -178,6 +178,13 @@ impl Engine {
         self.routing.adopt(addresses, now);
     }
 
+    /// The whole directory, as changes from nothing, for an engine that may know another one: what is not named is removed.
+    pub fn handle_whole_directory(&mut self, whole: Vec<Change>, now: Now) {
+        let mut changes = self.directory.missing_from(&whole);
+        changes.extend(whole);
+        self.handle_directory(changes, now);
+    }
+
     /// The directory changed. All changes take effect together.
     pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
         for change in changes {

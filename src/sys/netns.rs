@@ -1,6 +1,6 @@
-//! What kind of namespace a descriptor is.
+//! What kind of namespace a descriptor is, and the number that the kernel gave it.
 //!
-//! Source: `ioctl_ns(2)`.
+//! Source: `ioctl_ns(2)`, `socket(7)`.
 #![expect(unsafe_code, reason = "nix and rustix have no safe call for this request")]
 
 use std::os::fd::{AsFd, AsRawFd};
@@ -28,11 +28,41 @@ pub fn is_network_namespace(fd: impl AsFd) -> nix::Result<bool> {
     Ok(kind == CloneFlags::CLONE_NEWNET.bits())
 }
 
+/// The kernel's number of the network namespace that `socket` belongs to: not used again before the next boot.
+///
+/// # Errors
+///
+/// ENOPROTOOPT before Linux 5.14.
+pub fn cookie(socket: impl AsFd) -> std::io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of_val(&cookie)).expect("eight");
+    // SAFETY: the descriptor is open for the length of the call; both pointers lead to objects that outlive it, and the
+    // kernel writes at most `length` bytes, the size of `cookie`, in which every pattern of bits is valid.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if got == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
 
     use super::*;
+
+    #[test]
+    fn sockets_of_one_namespace_have_one_cookie() {
+        let socket = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let first = cookie(socket()).unwrap();
+        assert!(first != 0 && first == cookie(socket()).unwrap());
+        assert!(cookie(File::open("/dev/null").unwrap()).is_err());
+    }
 
     #[test]
     fn only_network_namespaces_are_network_namespaces() {

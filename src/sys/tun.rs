@@ -81,6 +81,16 @@ pub fn open(name: &str) -> io::Result<Device> {
     Ok(Device { fd: file.into(), offloads })
 }
 
+/// Goes on with the descriptor of a device that a former agent opened.
+///
+/// # Errors
+/// `EBADFD`: the device was deleted.
+pub fn inherit(fd: OwnedFd) -> io::Result<Device> {
+    let file = File::from(fd);
+    let offloads = set_offloads(&file)?;
+    Ok(Device { fd: file.into(), offloads })
+}
+
 /// Decides whether the device outlives its last descriptor.
 ///
 /// # Errors

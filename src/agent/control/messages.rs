@@ -3,9 +3,11 @@
 //! [`ToAgent`] and [`FromAgent`] are the two directions; [`chunks`] cuts a directory of any size into messages.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use zeroize::ZeroizeOnDrop;
 
 use super::MESSAGE_MAX;
@@ -23,6 +25,9 @@ pub const VIP_PORTS_MAX: usize = 1_024;
 
 /// Most own addresses of a workload: Kubernetes gives one per family; a few more cost nothing.
 const ADDRESSES_MAX: usize = 16;
+
+/// Most descriptors with `Init`: state file, `tenc0`, a socket per address, a process, the DNS helper's three.
+const CARRIED_MAX: usize = 3 + ADDRESSES_MAX + 3;
 
 /// Most resolvers: glibc reads three lines, musl too; a dual-stack list doubles them.
 pub(super) const RESOLVERS_MAX: usize = 16;
@@ -61,9 +66,46 @@ impl std::fmt::Debug for Seed {
     }
 }
 
+/// Which file a program is: device, inode, size, time of change in nanoseconds. Another build is another file.
+pub type Executable = [u64; 4];
+
+/// What a descriptor that comes with `Init` is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Carried {
+    /// The state file: flows, live peers, counters.
+    State,
+    /// `tenc0`, kept by the launcher for an agent that is no more.
+    Tun,
+    /// That agent's UDP sockets, in the order of the own addresses.
+    Socket,
+    /// The process whose namespace it is.
+    Process,
+    /// The DNS helper's TUN.
+    HelperTun,
+    /// Its listeners, one per family.
+    HelperListener,
+}
+
+/// Where the namespace is found, so that an agent without a launcher sees that it is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Its name under `/run/netns` or its path; none for the namespace of a process.
+    pub path: Option<PathBuf>,
+    /// Device and inode of the namespace.
+    pub identity: (u64, u64),
+    /// What the runtime files are called, up to their endings.
+    pub runtime: PathBuf,
+}
+
 /// What an agent must know before it touches anything.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Init {
+    /// What the message's descriptors are, in their order.
+    pub carried: Vec<Carried>,
+    /// Successor of a living agent: everything is made ready, but no packet is read before [`ToAgent::Resume`].
+    pub parked: bool,
+    /// Where the namespace is.
+    pub place: Place,
     /// The workload's own addresses, at least one.
     pub addresses: Vec<OwnAddress>,
     /// UDP port of the tunnel, in the whole key domain.
@@ -86,18 +128,40 @@ pub struct Init {
     pub rekey_after_s: Option<u64>,
 }
 
+/// Version of the messages. [`ToAgent::Hello`] and [`FromAgent::Hello`] are encoded alike in every version; a launcher
+/// that meets another version replaces the agent.
+pub const VERSION: u32 = 1;
+
 /// From the launcher to the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// First message. Descriptors: the DNS helper's TUN, then one listener per family.
+    /// Asks an agent that runs already which version it speaks.
+    Hello {
+        /// The launcher's.
+        version: u32,
+    },
+    /// First message to a new agent. Descriptors: as [`Init::carried`] says.
     Init(Box<Init>),
+    /// A launcher takes over an agent that runs already: it is answered with [`FromAgent::Ready`], and the next commit is a
+    /// whole directory.
+    Adopt,
     /// A part of the changes that lead to the next generation.
     Changes(Vec<Change>),
     /// All changes since the last commit now count, together.
     Commit {
         /// Number of this state of the directory, increasing.
         generation: u64,
+        /// The changes are the whole directory: what they do not name is removed.
+        whole: bool,
     },
+    /// Answered with [`FromAgent::Pong`]: the loop turns.
+    Ping,
+    /// Another agent takes over: read no more, answer [`FromAgent::HandedOver`], exit. Nothing is removed.
+    HandOver,
+    /// To a parked agent: its predecessor has ended. Descriptor: what that one handed over; none: it gave nothing.
+    Resume,
+    /// The launcher has loaded the guard's skeleton again.
+    GuardLoaded,
     /// Tear everything down, answer [`FromAgent::Stopped`], exit.
     Stop,
 }
@@ -105,11 +169,28 @@ pub enum ToAgent {
 /// From the agent to the launcher.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromAgent {
+    /// Which version the agent speaks.
+    Hello {
+        /// Its version.
+        version: u32,
+    },
     /// Everything is in place for this generation. Descriptors: `tenc0`, then the UDP sockets.
     Ready {
         /// The generation that was committed when the agent became ready.
         generation: u64,
+        /// [`Init::fingerprint`] of what the agent was told.
+        fingerprint: [u8; 32],
+        /// Which file the agent's program is.
+        executable: Executable,
     },
+    /// The loop turns.
+    Pong,
+    /// `tenc0` was made again. Descriptor: the new one; the old one is to be closed.
+    TunReplaced,
+    /// The guard's skeleton is not what it was: it is to be loaded again.
+    GuardLost,
+    /// The agent has read its last packet. Descriptor: a sealed memfd with its sessions and flows.
+    HandedOver,
     /// Bring-up failed; what was made has been removed again.
     Failed {
         /// Exit code for the launcher: 2 usage or configuration, 3 the kernel or a privilege refused.
@@ -136,22 +217,43 @@ pub trait Message: Serialize + DeserializeOwned {
 impl Message for ToAgent {
     fn descriptors_max(&self) -> usize {
         match self {
-            // The DNS helper's TUN and one listener per family.
-            Self::Init(_) => 3,
-            Self::Changes(_) | Self::Commit { .. } | Self::Stop => 0,
+            Self::Init(init) => init.carried.len(),
+            Self::Resume => 1,
+            Self::Hello { .. }
+            | Self::Adopt
+            | Self::Changes(_)
+            | Self::Commit { .. }
+            | Self::Ping
+            | Self::HandOver
+            | Self::GuardLoaded
+            | Self::Stop => 0,
         }
     }
 
     fn validate(&self) -> Result<(), &'static str> {
         match self {
             Self::Init(init) => init.validate(),
-            Self::Changes(_) | Self::Commit { .. } | Self::Stop => Ok(()),
+            _ => Ok(()),
         }
     }
 }
 
 impl Init {
+    /// A digest of everything that makes one agent different from another of the same pod: two launchers that would say
+    /// the same have the same one. Randomness, descriptors and sizes that follow the link do not count.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let keys: Vec<_> = self.addresses.iter().map(|own| (own.address, own.secret.public())).collect();
+        let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
+        let said = (keys, network, self.inject, self.rekey_after_s);
+        let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
+        Sha256::digest(encoded).into()
+    }
+
     fn validate(&self) -> Result<(), &'static str> {
+        if self.carried.len() > CARRIED_MAX {
+            return Err("count of descriptors");
+        }
         if self.addresses.is_empty() || self.addresses.len() > ADDRESSES_MAX {
             return Err("count of own addresses");
         }
@@ -185,13 +287,13 @@ impl Message for FromAgent {
         match self {
             // tenc0 and one UDP socket per own address.
             Self::Ready { .. } => 1 + ADDRESSES_MAX,
-            Self::Failed { .. } | Self::Stopped => 0,
+            Self::TunReplaced | Self::HandedOver => 1,
+            Self::Hello { .. } | Self::Pong | Self::GuardLost | Self::Failed { .. } | Self::Stopped => 0,
         }
     }
 
     fn validate(&self) -> Result<(), &'static str> {
         match self {
-            Self::Ready { .. } | Self::Stopped => Ok(()),
             Self::Failed { exit_code, reason } => {
                 if !(2..=3).contains(exit_code) {
                     return Err("exit code");
@@ -202,6 +304,7 @@ impl Message for FromAgent {
                 }
                 Ok(())
             }
+            _ => Ok(()),
         }
     }
 }

@@ -4,8 +4,12 @@
 //! 2. the kernel keeps message boundaries and the descriptors' place
 //! 3. `recv` takes one packet, decodes it completely and checks every length, count and range
 //!
-//! The order of a session: `Init` (with the DNS helper's descriptors), `Changes`… `Commit`, then `Ready` (with `tenc0` and
-//! the UDP sockets) from the agent; later more `Changes`… `Commit`; `Stop`, then `Stopped`.
+//! The launcher makes a listener at a path and hands it to the agent it starts, so that a later launcher finds that agent
+//! again: [`listen`], [`connect`], [`accept`]. One connection at a time; only our own user, root, is heard.
+//!
+//! A session with a new agent: `Init`, `Changes`… `Commit` of the whole directory, then `Ready` (with `tenc0` and the UDP
+//! sockets) from the agent; later more `Changes`… `Commit`; `Stop`, then `Stopped`. With one that runs already: `Hello` and
+//! `Adopt`, answered by `Hello` and `Ready`, then the same. Its end never ends the agent.
 //!
 //! Bytes and descriptors from the other end are hostile input on either side: what does not decode to the last byte,
 //! carries more descriptors than its type may, or breaks a stated limit is an error, never a panic. Descriptors that were
@@ -16,11 +20,13 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, UCred, sockopt,
 };
 use zeroize::Zeroizing;
 
@@ -29,11 +35,15 @@ mod messages;
 mod tests;
 
 pub use messages::{
-    FromAgent, Init, Inject, Message, OwnAddress, Seed, ToAgent, VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
+    Carried, Executable, FromAgent, Init, Inject, Message, OwnAddress, Place, Seed, ToAgent, VERSION,
+    VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
 };
 
 /// Largest encoded message, in bytes. Four fit the kernel's default socket buffer.
 pub const MESSAGE_MAX: usize = 64 * 1024;
+
+/// Connections that wait: one launcher at a time, which another one follows.
+const BACKLOG: i32 = 8;
 
 /// SCM_MAX_FD of the kernel: more never arrive in one packet, so received control data is never cut by our buffer.
 const KERNEL_DESCRIPTORS_MAX: usize = 253;
@@ -41,9 +51,12 @@ const KERNEL_DESCRIPTORS_MAX: usize = 253;
 /// Why a message was not sent or not received.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// socketpair(2) failed.
-    #[error("cannot make the channel")]
-    Pair(#[source] io::Error),
+    /// The listener could not be made.
+    #[error("cannot listen for a launcher")]
+    Listen(#[source] io::Error),
+    /// The connection could not be made.
+    #[error("cannot connect launcher and agent")]
+    Connect(#[source] io::Error),
     /// The descriptor is no SOCK_SEQPACKET socket of the unix family.
     #[error("the descriptor is no SOCK_SEQPACKET unix socket")]
     WrongSocket,
@@ -107,15 +120,60 @@ impl<Out, In> std::os::fd::AsRawFd for Channel<Out, In> {
     }
 }
 
-/// Makes a connected channel: the launcher's end, and the descriptor of the agent's end.
+/// Makes a listener at `path`, where nothing may be.
 ///
 /// # Errors
-/// [`ChannelError::Pair`].
-pub fn pair() -> Result<(LauncherChannel, OwnedFd), ChannelError> {
-    let flags = SocketFlags::CLOEXEC;
-    let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-        .map_err(|e| ChannelError::Pair(e.into()))?;
-    Ok((Channel::new(ours)?, theirs))
+/// [`ChannelError::Listen`].
+pub fn listen(path: &Path) -> Result<OwnedFd, ChannelError> {
+    let fail = |errno: Errno| ChannelError::Listen(errno.into());
+    let socket = endpoint().map_err(fail)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).map_err(fail)?).map_err(fail)?;
+    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(fail)?;
+    rustix::net::listen(&socket, BACKLOG).map_err(fail)?;
+    Ok(socket)
+}
+
+/// Makes the calling process the one that [`Channel::peer`] names at the other end of later connections.
+///
+/// # Errors
+/// [`ChannelError::Listen`].
+pub fn claim(listener: impl AsFd) -> Result<(), ChannelError> {
+    rustix::net::listen(listener, BACKLOG).map_err(|e| ChannelError::Listen(e.into()))
+}
+
+/// Connects to the agent that listens at `path`; `None`: nobody does.
+///
+/// # Errors
+/// [`ChannelError::Connect`].
+pub fn connect(path: &Path) -> Result<Option<LauncherChannel>, ChannelError> {
+    let fail = |errno: Errno| ChannelError::Connect(errno.into());
+    let socket = endpoint().map_err(fail)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path).map_err(fail)?) {
+        Ok(()) => Channel::new(socket).map(Some),
+        Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
+        Err(errno) => Err(fail(errno)),
+    }
+}
+
+/// Takes the next connection, if there is one and it is of our own user: an agent's is root.
+///
+/// # Errors
+/// [`ChannelError::Connect`].
+pub fn accept(listener: impl AsFd) -> Result<Option<AgentChannel>, ChannelError> {
+    match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+        Ok(socket) => {
+            let channel = Channel::new(socket)?;
+            let ours = rustix::process::geteuid();
+            Ok(channel.peer().is_ok_and(|peer| peer.uid == ours).then_some(channel))
+        }
+        Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+        Err(errno) => Err(ChannelError::Connect(errno.into())),
+    }
+}
+
+fn endpoint() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
 }
 
 impl<Out: Message, In: Message> Channel<Out, In> {
@@ -130,6 +188,14 @@ impl<Out: Message, In: Message> Channel<Out, In> {
             return Err(ChannelError::WrongSocket);
         }
         Ok(Self { socket, direction: PhantomData })
+    }
+
+    /// Who is at the other end: for a launcher the process that called [`claim`] last.
+    ///
+    /// # Errors
+    /// [`ChannelError::Connect`].
+    pub fn peer(&self) -> Result<UCred, ChannelError> {
+        sockopt::socket_peercred(&self.socket).map_err(|e| ChannelError::Connect(e.into()))
     }
 
     /// Sends one message; waits while the other end's queue is full.

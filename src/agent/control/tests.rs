@@ -14,6 +14,13 @@ use crate::proto::noise::{PresharedKey, PublicKey, StaticSecret};
 
 fn init() -> Init {
     Init {
+        carried: vec![Carried::HelperTun, Carried::HelperListener],
+        parked: false,
+        place: Place {
+            path: Some("/run/netns/pod".into()),
+            identity: (4, 4_026_531_840),
+            runtime: "/run/tencrypt/0000000000000007".into(),
+        },
         addresses: vec![OwnAddress { address: [10, 1, 0, 5].into(), secret: StaticSecret([7; 32]) }],
         port: 51820,
         link_mtu: 1450,
@@ -28,8 +35,11 @@ fn init() -> Init {
 }
 
 fn ends() -> (LauncherChannel, AgentChannel) {
-    let (launcher, agent) = pair().unwrap();
-    (launcher, Channel::new(agent).unwrap())
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("agent.sock");
+    let listener = listen(&path).unwrap();
+    let launcher = connect(&path).unwrap().expect("somebody listens");
+    (launcher, accept(&listener).unwrap().expect("our own connection"))
 }
 
 fn message<M: std::fmt::Debug>(received: Received<M>) -> (M, Vec<OwnedFd>) {
@@ -74,6 +84,37 @@ fn init_arrives_whole_with_its_descriptors_close_on_exec() {
 }
 
 #[test]
+fn a_launcher_finds_an_agent_only_while_it_listens_and_sees_who_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("agent.sock");
+    assert!(connect(&path).unwrap().is_none());
+    let listener = listen(&path).unwrap();
+    claim(&listener).unwrap();
+    let launcher = connect(&path).unwrap().unwrap();
+    assert_eq!(launcher.peer().unwrap().pid, rustix::process::getpid());
+    assert!(accept(&listener).unwrap().is_some() && accept(&listener).unwrap().is_none());
+    drop(listener);
+    assert!(connect(&path).unwrap().is_none());
+}
+
+#[test]
+fn the_fingerprint_changes_with_what_an_agent_is_told_and_with_nothing_else() {
+    let first = init();
+    let other =
+        Init { seed: Seed([1; 32]), link_mtu: 1_400, parked: true, carried: Vec::new(), ..first.clone() };
+    assert_eq!(first.fingerprint(), other.fingerprint());
+    let key = OwnAddress { secret: StaticSecret([8; 32]), ..first.addresses[0].clone() };
+    for other in [
+        Init { port: 7, ..first.clone() },
+        Init { addresses: vec![key], ..first.clone() },
+        Init { resolvers: Vec::new(), ..first.clone() },
+        Init { inject: Inject::Raw, ..first.clone() },
+    ] {
+        assert_ne!(first.fingerprint(), other.fingerprint());
+    }
+}
+
+#[test]
 fn an_empty_queue_a_message_and_the_end_are_told_apart() {
     let (launcher, agent) = ends();
     assert!(launcher.try_recv().unwrap().is_none());
@@ -100,13 +141,13 @@ fn last_words_are_received_even_if_the_other_end_left_messages_unread() {
 fn a_full_queue_is_reported_and_nothing_is_lost() {
     let (launcher, agent) = ends();
     let mut sent = 0;
-    while launcher.try_send(&ToAgent::Commit { generation: sent }, &[]).unwrap() {
+    while launcher.try_send(&ToAgent::Commit { generation: sent, whole: false }, &[]).unwrap() {
         sent += 1;
     }
     assert!(sent > 0);
     for expected in 0..sent {
         let (message, _) = message(agent.recv().unwrap());
-        assert!(matches!(message, ToAgent::Commit { generation } if generation == expected));
+        assert!(matches!(message, ToAgent::Commit { generation, .. } if generation == expected));
     }
     assert!(agent.try_recv().unwrap().is_none());
 }
@@ -130,7 +171,8 @@ fn descriptors_of_a_refused_message_are_refused_and_closed() {
 fn as_many_descriptors_as_the_kernel_carries_are_counted_not_cut() {
     let (launcher, agent) = ends();
     let file = File::open("/dev/null").unwrap();
-    let ready = encode(&FromAgent::Ready { generation: 1 }, 0).unwrap();
+    let ready =
+        encode(&FromAgent::Ready { generation: 1, fingerprint: [0; 32], executable: [0; 4] }, 0).unwrap();
     send_raw(&agent, &ready, &vec![file.as_fd(); KERNEL_DESCRIPTORS_MAX]);
     assert!(matches!(launcher.recv(), Err(ChannelError::Descriptors(KERNEL_DESCRIPTORS_MAX))));
 }

@@ -1,7 +1,7 @@
 //! The `file` source: a folder of ordinary manifests, watched.
 //!
 //! 1. [`Manifests::open`] watches the folder, then reads it; [`Manifests::objects`] is all it holds, of all projects
-//! 2. [`Manifests::follow`] picks one workload's view and gives the changes from nothing
+//! 2. [`Manifests::follow`] picks one workload's view; [`FileSource::whole`] is all of it
 //! 3. [`FileSource::next`] waits for the folder to change and gives the changes since
 //!
 //! Everything that changes within one burst is told at once. A burst ends after 5 ms of silence, after 20 ms at the
@@ -61,13 +61,12 @@ impl Manifests {
         &self.objects
     }
 
-    /// The source for the workload with the addresses `own` in the project of `key`, and the changes from nothing.
-    /// Must be called inside a tokio runtime.
+    /// The source for the workload with the addresses `own` in the project of `key`. Must be called inside a tokio runtime.
     ///
     /// # Errors
     ///
     /// If the runtime cannot watch the descriptor.
-    pub fn follow(self, key: ProjectKey, own: Vec<IpAddr>) -> io::Result<(FileSource, Vec<Change>)> {
+    pub fn follow(self, key: ProjectKey, own: Vec<IpAddr>) -> io::Result<FileSource> {
         let descriptor = self.folder.inotify().as_fd().try_clone_to_owned()?;
         let mut source = FileSource {
             readable: async_fd::readable(descriptor)?,
@@ -80,8 +79,8 @@ impl Manifests {
             // At once: a file may have been touched while it was read.
             scan_at: Instant::now(),
         };
-        let changes = source.advance(&self.objects);
-        Ok((source, changes))
+        source.advance(&self.objects);
+        Ok(source)
     }
 }
 
@@ -101,6 +100,17 @@ pub struct FileSource {
 }
 
 impl FileSource {
+    /// Everything that is known, as changes from nothing.
+    #[must_use]
+    pub fn whole(&self) -> Vec<Change> {
+        Entries::default().changes_to(&self.entries, |peer| self.workload(peer))
+    }
+
+    /// Another project key: it counts for what is told from now on.
+    pub fn set_key(&mut self, key: ProjectKey) {
+        self.key = key;
+    }
+
     /// Waits until the directory changes; the changes are to be applied together, in their order.
     ///
     /// # Cancel safety

@@ -37,7 +37,9 @@ fn key() -> ProjectKey {
 }
 
 fn follow(dir: &Path) -> (FileSource, Vec<Change>) {
-    Manifests::open(dir).unwrap().follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap()
+    let source = Manifests::open(dir).unwrap().follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
+    let changes = source.whole();
+    (source, changes)
 }
 
 impl Rig {
@@ -323,7 +325,8 @@ async fn what_is_written_between_reading_and_following_is_told() {
     let manifests = Manifests::open(dir.path()).unwrap();
     assert_eq!(manifests.objects().pods.len(), 1);
     fs::write(dir.path().join("b.yaml"), pod("b", "10.0.0.3")).unwrap();
-    let (mut source, changes) = manifests.follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
+    let mut source = manifests.follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
+    let changes = source.whole();
     assert_eq!(changes.len(), 1);
     let changes = timeout(SEEN, source.next()).await.unwrap();
     assert!(matches!(&changes[..], [Change::SetWorkload(w)] if w.address.to_string() == "10.0.0.3"));

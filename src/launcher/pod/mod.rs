@@ -12,7 +12,7 @@
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::resume_unwind;
@@ -20,13 +20,14 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::thread;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tracing::warn;
 
 use super::directory::Objects;
-use crate::sys::netns::is_network_namespace;
+use super::runtime::Owner;
+use crate::agent::presence::{has_ended, leads_elsewhere};
+use crate::sys::netns::{self, is_network_namespace};
 
 pub mod network;
 pub mod resolv;
@@ -83,6 +84,9 @@ pub enum PodError {
         /// Why.
         source: io::Error,
     },
+    /// The kernel gives namespaces no numbers.
+    #[error("the kernel does not tell namespaces apart (SO_NETNS_COOKIE): needs Linux 5.14")]
+    Cookie(#[source] io::Error),
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
@@ -112,7 +116,7 @@ impl PodError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
-            Self::Enter { .. } | Self::Thread(_) => 3,
+            Self::Enter { .. } | Self::Thread(_) | Self::Cookie(_) => 3,
             _ => 2,
         }
     }
@@ -265,23 +269,46 @@ impl PodNetns {
         self.target.to_string()
     }
 
-    /// Inode of the namespace.
+    /// Device and inode of the namespace.
     #[must_use]
-    pub fn inode(&self) -> u64 {
-        self.identity.inode
+    pub fn identity(&self) -> (u64, u64) {
+        (self.identity.device, self.identity.inode)
+    }
+
+    /// The path that leads to the namespace as long as it is there; none for the namespace of a process, which
+    /// [`Self::process`] tells of.
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        self.pidfd.is_none().then(|| self.target.path())
+    }
+
+    /// The pidfd of the process whose namespace it is.
+    #[must_use]
+    pub fn process(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What the runtime files of the namespace say about it.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        Owner { identity: self.identity(), path: self.target.path() }
+    }
+
+    /// The kernel's number of the namespace, which is not used again before the next boot.
+    ///
+    /// # Errors
+    ///
+    /// If the namespace cannot be entered, or the kernel is older than 5.14.
+    pub fn cookie(&self) -> Result<u64, PodError> {
+        self.run(|| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(netns::cookie))?
+            .map_err(PodError::Cookie)
     }
 
     /// Whether the name or path leads elsewhere by now, or the process ended. Our own descriptor keeps the namespace
     /// alive, so nothing in the namespace would tell. A path that cannot be read for want of a privilege is not gone.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        if self.pidfd.as_ref().is_some_and(|pidfd| has_ended(pidfd.as_fd())) {
-            return true;
-        }
-        match Identity::at(&self.target.path()) {
-            Ok(identity) => identity != self.identity,
-            Err(error) => !matches!(error.kind(), io::ErrorKind::PermissionDenied),
-        }
+        self.pidfd.as_ref().is_some_and(has_ended) || leads_elsewhere(&self.target.path(), self.identity())
     }
 
     /// Runs `f` on a thread of its own inside the namespace. The calling thread never enters it.
@@ -312,11 +339,6 @@ impl PodNetns {
 /// A process that is not there is a namespace that does not exist.
 fn process_error(errno: rustix::io::Errno) -> io::Error {
     if errno == rustix::io::Errno::SRCH { io::ErrorKind::NotFound.into() } else { errno.into() }
-}
-
-fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Whose namespace `identity` is, if it must not be a pod's.
