@@ -53,7 +53,7 @@ use tun::Tun;
 use udp::TunnelSocket;
 
 use crate::proto::mtu::tun_mtu;
-use crate::proto::noise::{Identity, Options};
+use crate::proto::noise::{Identity, Options, StaticSecret};
 use crate::proto::{Config, Engine};
 
 /// How an agent ended.
@@ -215,11 +215,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
     rng.fill_bytes(&mut engine_seed);
     let facts = RouteFacts { own, link_mtu: init.link_mtu };
     let mut engine = Engine::new(Config {
-        identities: init
-            .addresses
-            .iter()
-            .map(|own| Identity { address: own.address, secret: own.secret.clone() })
-            .collect(),
+        identities: identities(init),
         port: init.port,
         resolvers: init.resolvers.clone(),
         zone: zone(init)?,
@@ -254,6 +250,14 @@ fn sockets(
     }
     drop(inherited);
     own.iter().map(|own| Ok((*own, TunnelSocket::open(SocketAddr::new(*own, port))?))).collect()
+}
+
+/// The key in use of each address, then those that are only answered with.
+fn identities(init: &Init) -> Vec<Identity> {
+    let identity = |address, secret: &StaticSecret| Identity { address, secret: secret.clone() };
+    let used = init.addresses.iter().map(|own| identity(own.address, &own.secret));
+    let accepted = init.addresses.iter().filter_map(|own| Some(identity(own.address, own.accept.as_ref()?)));
+    used.chain(accepted).collect()
 }
 
 fn zone(init: &Init) -> anyhow::Result<Option<Name>> {

@@ -1,8 +1,11 @@
 //! The project key, and everything that is derived from it.
 //!
-//! 1. [`ProjectKey::read`] takes the key file apart (32 bytes in base64, alone or after `use`)
+//! 1. [`ProjectKey::read`] takes the key file apart (32 bytes in base64, alone or after `use`; a second one after `accept`)
 //! 2. [`ProjectKey::static_secret`] gives an agent its own private key
 //! 3. [`ProjectKey::workload`] gives it, per peer, a public key and a pre-shared key
+//!
+//! Rotation: the new key becomes `accept` on every node, then `use` with the old one as `accept`, then the old one goes.
+//! Whoever initiates does so with the key in use alone; whoever answers knows both, each with its own keys of every peer.
 //!
 //! The project key itself never leaves the launcher. Everything here is zeroised when dropped; nothing of it has
 //! a `Debug` that shows bytes. May touch: the key file and `/dev/random`.
@@ -22,10 +25,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hkdf::Hkdf;
 use sha2::Sha256;
+use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use crate::proto::directory::Workload;
-use crate::proto::noise::{PresharedKey, StaticSecret};
+use crate::proto::noise::{PeerKeys, PresharedKey, StaticSecret};
 
 /// Length of a project key and of every key derived from it, in bytes.
 const KEY_LEN: usize = 32;
@@ -114,12 +118,6 @@ pub enum KeyError {
         /// The name given.
         name: String,
     },
-    /// A second key, for a rotation.
-    #[error("the project key file {}: `accept` is not there yet: key rotation comes later, leave the key in use alone", path.display())]
-    Rotation {
-        /// The key file.
-        path: PathBuf,
-    },
     /// The kernel gave no randomness.
     #[error("cannot read random bytes from /dev/random")]
     Random(#[source] io::Error),
@@ -137,9 +135,14 @@ impl KeyError {
     }
 }
 
-/// The key of one project, bound to its name and cipher.
+/// The bytes of a project key.
+type Key = Zeroizing<[u8; KEY_LEN]>;
+
+/// The key of one project, and the one that is accepted beside it during a rotation, bound to the project's name and
+/// cipher.
 pub struct ProjectKey {
-    key: Zeroizing<[u8; KEY_LEN]>,
+    used: Key,
+    accepted: Option<Key>,
     project: String,
     suite: Suite,
 }
@@ -163,7 +166,6 @@ impl ProjectKey {
         let text = read_private_file(path)?;
         Self::parse(&text, project, suite).map_err(|error| match error {
             Parse::Malformed(reason) => KeyError::Malformed { path: path.to_owned(), reason },
-            Parse::Rotation => KeyError::Rotation { path: path.to_owned() },
             Parse::ProjectName => KeyError::ProjectName { name: project.to_owned() },
         })
     }
@@ -174,20 +176,25 @@ impl ProjectKey {
             return Err(Parse::ProjectName);
         }
         let text = str::from_utf8(text).map_err(|_| Parse::Malformed("it is not text"))?;
-        let mut key = None;
+        let (mut used, mut accepted) = (None, None);
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-            let encoded = match line.split_once([' ', '\t']) {
-                None => line,
-                Some(("use", rest)) => rest.trim_start(),
-                Some(("accept", _)) => return Err(Parse::Rotation),
-                Some(_) => return Err(Parse::Malformed("a line is not `use BASE64`")),
+            let (slot, encoded) = match line.split_once([' ', '\t']) {
+                None => (&mut used, line),
+                Some(("use", rest)) => (&mut used, rest.trim_start()),
+                Some(("accept", rest)) => (&mut accepted, rest.trim_start()),
+                Some(_) => {
+                    return Err(Parse::Malformed("a line is neither `use BASE64` nor `accept BASE64`"));
+                }
             };
-            if key.replace(decode(encoded)?).is_some() {
-                return Err(Parse::Malformed("two keys: one is the key in use"));
+            if slot.replace(decode(encoded)?).is_some() {
+                return Err(Parse::Malformed("two keys of one kind: at most one is in use and one accepted"));
             }
         }
-        let key = key.ok_or(Parse::Malformed("it holds no key to use: make one with `tencrypt keygen`"))?;
-        Ok(Self { key, project, suite })
+        let used = used.ok_or(Parse::Malformed("it holds no key to use: make one with `tencrypt keygen`"))?;
+        if accepted.as_ref().is_some_and(|key: &Key| key.ct_eq(&used[..]).into()) {
+            return Err(Parse::Malformed("the key to accept is the one in use"));
+        }
+        Ok(Self { used, accepted, project, suite })
     }
 
     /// The project, in lower case: the key domain.
@@ -199,27 +206,39 @@ impl ProjectKey {
     /// The private key of the workload at `address`, clamped.
     #[must_use]
     pub fn static_secret(&self, address: IpAddr) -> StaticSecret {
-        let mut secret = StaticSecret(self.derive(LABEL_STATIC, &[address]));
+        self.static_secret_of(&self.used, address)
+    }
+
+    /// The one that it answers with, too, during a rotation.
+    #[must_use]
+    pub fn accepted_secret(&self, address: IpAddr) -> Option<StaticSecret> {
+        self.accepted.as_ref().map(|key| self.static_secret_of(key, address))
+    }
+
+    fn static_secret_of(&self, key: &Key, address: IpAddr) -> StaticSecret {
+        let mut secret = StaticSecret(self.derive(key, LABEL_STATIC, &[address]));
         secret.0[0] &= 0b1111_1000;
         secret.0[31] &= 0b0111_1111;
         secret.0[31] |= 0b0100_0000;
         secret
     }
 
-    /// The key shared by two workloads; the order of the addresses does not matter.
-    #[must_use]
-    pub fn psk(&self, a: IpAddr, b: IpAddr) -> PresharedKey {
+    /// What two workloads share: a peer's public key, and the key that only the two know. The order of the addresses does
+    /// not matter to the latter.
+    fn peer_keys(&self, key: &Key, own: IpAddr, peer: IpAddr) -> PeerKeys {
         // Ord of IpAddr is by family, then by bytes: the same order as that of the encodings.
-        PresharedKey(self.derive(LABEL_PSK, &[a.min(b), a.max(b)]))
+        let psk = PresharedKey(self.derive(key, LABEL_PSK, &[own.min(peer), own.max(peer)]));
+        PeerKeys { public: self.static_secret_of(key, peer).public(), psk }
     }
 
     /// What the agent at `own` may know about `peer`.
     #[must_use]
     pub fn workload(&self, own: IpAddr, peer: IpAddr) -> Workload {
-        Workload { address: peer, public: self.static_secret(peer).public(), psk: self.psk(own, peer) }
+        let keys = |key| self.peer_keys(key, own, peer);
+        Workload { address: peer, keys: keys(&self.used), accept: self.accepted.as_ref().map(keys) }
     }
 
-    fn derive(&self, label: &str, addresses: &[IpAddr]) -> [u8; KEY_LEN] {
+    fn derive(&self, key: &Key, label: &str, addresses: &[IpAddr]) -> [u8; KEY_LEN] {
         let mut info = Vec::with_capacity(160);
         for word in [label, self.suite.as_str(), &self.project] {
             info.extend_from_slice(word.as_bytes());
@@ -238,7 +257,7 @@ impl ProjectKey {
             }
         }
         let mut out = [0; KEY_LEN];
-        Hkdf::<Sha256>::new(None, &self.key[..])
+        Hkdf::<Sha256>::new(None, &key[..])
             .expand(&info, &mut out)
             .expect("32 bytes are one block of HKDF-SHA256");
         out
@@ -272,7 +291,6 @@ pub fn is_label(name: &str) -> bool {
 #[derive(Debug)]
 enum Parse {
     Malformed(&'static str),
-    Rotation,
     ProjectName,
 }
 
@@ -383,7 +401,7 @@ mod tests {
         }
         for v in &vectors.psk {
             let workload = key(&v.project, &v.suite).workload(v.own, v.peer);
-            assert_eq!(hex(&workload.psk.0), v.psk, "{} {} {} {}", v.project, v.suite, v.own, v.peer);
+            assert_eq!(hex(&workload.keys.psk.0), v.psk, "{} {} {} {}", v.project, v.suite, v.own, v.peer);
             assert_eq!(workload.address, v.peer);
         }
         for v6 in [false, true] {
@@ -396,11 +414,11 @@ mod tests {
     fn two_ends_agree_and_nobody_else_does() {
         let key = parse(ONE).unwrap();
         let [a, b, c] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(|ip| ip.parse::<IpAddr>().unwrap());
-        assert!(key.workload(a, b).psk == key.workload(b, a).psk);
-        assert!(key.workload(a, b).psk != key.workload(a, c).psk);
-        assert_eq!(key.workload(a, b).public, key.static_secret(b).public());
+        assert!(key.workload(a, b).keys.psk == key.workload(b, a).keys.psk);
+        assert!(key.workload(a, b).keys.psk != key.workload(a, c).keys.psk);
+        assert_eq!(key.workload(a, b).keys.public, key.static_secret(b).public());
         let other = ProjectKey::parse(ONE.as_bytes(), "bank", Suite::default()).unwrap();
-        assert!(key.psk(a, b) != other.psk(a, b));
+        assert!(key.workload(a, b).keys.psk != other.workload(a, b).keys.psk);
         assert_ne!(key.static_secret(a).0, other.static_secret(a).0);
     }
 
@@ -427,15 +445,18 @@ mod tests {
     }
 
     #[test]
-    fn a_key_to_accept_is_refused_as_not_there_yet() {
+    fn a_key_to_accept_answers_beside_the_one_in_use() {
+        let [a, b] = ["10.0.0.1", "10.0.0.2"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        let (old, new) = (parse(ONE).unwrap(), parse(TWO).unwrap());
         for text in [format!("use {ONE}\naccept {TWO}\n"), format!("accept\t{TWO}\n{ONE}")] {
-            assert!(matches!(parse(&text), Err(Parse::Rotation)), "{text:?}");
-            let mut file = tempfile::NamedTempFile::new().unwrap();
-            file.write_all(text.as_bytes()).unwrap();
-            let error = ProjectKey::read(file.path(), "shop", Suite::default()).unwrap_err();
-            assert!(error.to_string().contains("`accept` is not there yet"), "{error}");
-            assert_eq!(error.exit_code(), 2);
+            let both = parse(&text).unwrap();
+            assert_eq!(both.static_secret(a).0, old.static_secret(a).0);
+            assert_eq!(both.accepted_secret(a).unwrap().0, new.static_secret(a).0);
+            let workload = both.workload(a, b);
+            assert!(workload.keys == old.workload(a, b).keys);
+            assert!(workload.accept.unwrap() == new.workload(a, b).keys);
         }
+        assert!(old.accepted_secret(a).is_none() && old.workload(a, b).accept.is_none());
     }
 
     #[test]

@@ -185,7 +185,11 @@ fn init(
     resolvers: &[IpAddr],
     key: &ProjectKey,
 ) -> Init {
-    let own = |address| OwnAddress { address, secret: key.static_secret(address) };
+    let own = |address| OwnAddress {
+        address,
+        secret: key.static_secret(address),
+        accept: key.accepted_secret(address),
+    };
     Init {
         carried: Vec::new(),
         parked: false,

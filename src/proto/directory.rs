@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::Now;
-use super::noise::{PresharedKey, PublicKey};
+use super::noise::PeerKeys;
 
 /// IP protocol of a Service port, as its IANA number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -62,10 +62,10 @@ pub struct Vip {
 pub struct Workload {
     /// The pod's address.
     pub address: IpAddr,
-    /// Its static public key.
-    pub public: PublicKey,
-    /// The key shared by that address and our address of the same family.
-    pub psk: PresharedKey,
+    /// Of the project key in use.
+    pub keys: PeerKeys,
+    /// Of the project key that is accepted beside it during a rotation.
+    pub accept: Option<PeerKeys>,
 }
 
 /// Sets or removes one entry of the directory.

@@ -63,7 +63,7 @@ pub struct Now {
 
 /// What an engine is made from.
 pub struct Config {
-    /// Own addresses with their static keys; at most one per family is used as source.
+    /// Own addresses with their static keys; at most one per family is used as source. The first of a family initiates.
     pub identities: Vec<Identity>,
     /// Tunnel port of the key domain.
     pub port: u16,
@@ -138,7 +138,12 @@ impl Engine {
     #[must_use]
     pub fn new(config: Config) -> Self {
         let mut rng = ChaCha20Rng::from_seed(config.seed);
-        let own: Vec<IpAddr> = config.identities.iter().map(|identity| identity.address).collect();
+        let mut own: Vec<IpAddr> = Vec::new();
+        for identity in &config.identities {
+            if !own.contains(&identity.address) {
+                own.push(identity.address);
+            }
+        }
         let mut balance_seed = [0; 16];
         rng.fill_bytes(&mut balance_seed);
         let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());

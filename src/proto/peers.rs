@@ -126,8 +126,8 @@ impl Peers {
     /// Adds a workload, or replaces its keys; returns how many staged packets went with the old ones.
     pub fn set(&mut self, workload: Workload, now: Now) -> usize {
         let staged = self.remove(workload.address);
-        let Workload { address, public, psk } = workload;
-        let id = self.transport.add_peer(PeerConfig { address, port: self.port, public, psk }, now);
+        let Workload { address, keys, accept } = workload;
+        let id = self.transport.add_peer(PeerConfig { address, port: self.port, keys, accept }, now);
         self.by_address.insert(address, id);
         self.by_id.insert(id, Peer { address, staged: VecDeque::new(), packets: 0 });
         staged

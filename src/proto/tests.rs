@@ -9,7 +9,7 @@ use etherparse::{IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice
 use super::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use super::dns::StreamId;
 use super::drop::DropReason;
-use super::noise::{Identity, Options, PresharedKey, StaticSecret};
+use super::noise::{Identity, Options, PeerKeys, PresharedKey, StaticSecret};
 use super::routing::Batch;
 use super::{Config, Engine, Now, test_start};
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
@@ -37,7 +37,8 @@ fn secret(address: IpAddr) -> StaticSecret {
 }
 
 fn workload(address: IpAddr) -> Change {
-    Change::SetWorkload(Workload { address, public: secret(address).public(), psk: PresharedKey([9; 32]) })
+    let keys = PeerKeys { public: secret(address).public(), psk: PresharedKey([9; 32]) };
+    Change::SetWorkload(Workload { address, keys, accept: None })
 }
 
 fn vip(address: &str, endpoints: &[&str]) -> Change {
@@ -464,8 +465,8 @@ fn a_wrong_project_key_opens_nothing() {
     let wrong = |a: &str| {
         Change::SetWorkload(Workload {
             address: ip(a),
-            public: secret(ip(a)).public(),
-            psk: PresharedKey([1; 32]),
+            keys: PeerKeys { public: secret(ip(a)).public(), psk: PresharedKey([1; 32]) },
+            accept: None,
         })
     };
     network.tell(1, vec![wrong(CLIENT[0])]);

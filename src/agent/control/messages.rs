@@ -54,6 +54,8 @@ pub struct OwnAddress {
     pub address: IpAddr,
     /// Its derived static key.
     pub secret: StaticSecret,
+    /// The one that it answers with, too, during a rotation of the project key.
+    pub accept: Option<StaticSecret>,
 }
 
 /// The seed of the engine's random numbers; ephemeral keys come from it, so it is a secret.
@@ -243,7 +245,10 @@ impl Init {
     /// the same have the same one. Randomness, descriptors and sizes that follow the link do not count.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
-        let keys: Vec<_> = self.addresses.iter().map(|own| (own.address, own.secret.public())).collect();
+        let public = |own: &OwnAddress| {
+            (own.address, own.secret.public(), own.accept.as_ref().map(StaticSecret::public))
+        };
+        let keys: Vec<_> = self.addresses.iter().map(public).collect();
         let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
         let said = (keys, network, self.inject, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");

@@ -10,7 +10,7 @@ use rustix::io::{FdFlags, fcntl_getfd};
 use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
 use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
-use crate::proto::noise::{PresharedKey, PublicKey, StaticSecret};
+use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
 
 fn init() -> Init {
     Init {
@@ -21,7 +21,11 @@ fn init() -> Init {
             identity: (4, 4_026_531_840),
             runtime: "/run/tencrypt/0000000000000007".into(),
         },
-        addresses: vec![OwnAddress { address: [10, 1, 0, 5].into(), secret: StaticSecret([7; 32]) }],
+        addresses: vec![OwnAddress {
+            address: [10, 1, 0, 5].into(),
+            secret: StaticSecret([7; 32]),
+            accept: None,
+        }],
         port: 51820,
         link_mtu: 1450,
         zone: Some("shop.svc.cluster.local".into()),
@@ -62,8 +66,8 @@ fn send_raw(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
 fn workload(n: u32) -> Change {
     Change::SetWorkload(Workload {
         address: std::net::Ipv4Addr::from(0x0a00_0000 + n).into(),
-        public: PublicKey([1; 32]),
-        psk: PresharedKey([2; 32]),
+        keys: PeerKeys { public: PublicKey([1; 32]), psk: PresharedKey([2; 32]) },
+        accept: None,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::manifest::{ManifestError, Syntax, parse};
 use super::*;
-use crate::proto::noise::{PresharedKey, PublicKey};
+use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey};
 
 /// Two backends of `web`, a client (us), and `web`'s slices of both families.
 const SHOP: &str = r#"
@@ -409,7 +409,8 @@ fn apply(changes: &[Change], entries: &mut Entries) {
 }
 
 fn keyless(address: IpAddr) -> Workload {
-    Workload { address, public: PublicKey([0; 32]), psk: PresharedKey([0; 32]) }
+    let keys = PeerKeys { public: PublicKey([0; 32]), psk: PresharedKey([0; 32]) };
+    Workload { address, keys, accept: None }
 }
 
 #[test]

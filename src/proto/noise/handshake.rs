@@ -86,7 +86,6 @@ pub(super) struct SessionKeys {
 /// One of our own static keys.
 pub(super) struct Local {
     secret: StaticSecret,
-    pub(super) public: PublicKey,
     mac1: Mac1Key,
 }
 
@@ -105,8 +104,8 @@ pub(super) struct Consumed {
 
 impl Local {
     pub(super) fn new(secret: StaticSecret) -> Self {
-        let public = secret.public();
-        Self { secret, public, mac1: Mac1Key::new(&public) }
+        let mac1 = Mac1Key::new(&secret.public());
+        Self { secret, mac1 }
     }
 
     /// Builds an initiation to `remote`.

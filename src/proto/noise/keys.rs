@@ -38,6 +38,15 @@ impl fmt::Debug for StaticSecret {
 #[derive(Clone, ZeroizeOnDrop, Serialize, Deserialize)]
 pub struct PresharedKey(pub [u8; 32]);
 
+/// What one project key makes of a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerKeys {
+    /// Its static public key.
+    pub public: PublicKey,
+    /// The key shared by its address and our address of the same family.
+    pub psk: PresharedKey,
+}
+
 impl PartialEq for PresharedKey {
     fn eq(&self, other: &Self) -> bool {
         subtle::ConstantTimeEq::ct_eq(&self.0[..], &other.0[..]).into()

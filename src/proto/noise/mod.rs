@@ -13,7 +13,8 @@
 //! | `index`, `shared` | names of peers and sessions; what all peers share |
 //!
 //! Decisions beside the paper: early retries are closer together (`constants`). When two initiations cross, both sides
-//! keep the one of the greater static key. Keys are erased when a session reaches its hard limit or is replaced, which
+//! keep the one of the greater address. During a key rotation a peer has two keys: it is answered with either, and
+//! asked with the one in use. Keys are erased when a session reaches its hard limit or is replaced, which
 //! is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far future are
 //! refused. A peer is heard from its own address only, unless roaming is on. Cookie replies are dropped.
 //! Source: WireGuard paper, sections 5 and 6.
@@ -41,7 +42,7 @@ use rand_chacha::ChaCha20Rng;
 
 pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
 pub use index::PeerId;
-pub use keys::{PresharedKey, PublicKey, StaticSecret};
+pub use keys::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
 
 use constants::{
     COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME,
@@ -72,10 +73,17 @@ pub struct PeerConfig {
     pub address: IpAddr,
     /// Its tunnel port.
     pub port: u16,
-    /// Its static public key.
-    pub public: PublicKey,
-    /// The key that it shares with our address of the same family.
-    pub psk: PresharedKey,
+    /// Its keys. Handshakes begin with these alone.
+    pub keys: PeerKeys,
+    /// Those of a second project key, which its handshakes are answered with, too.
+    pub accept: Option<PeerKeys>,
+}
+
+impl PeerConfig {
+    /// The static keys that the peer may be met with.
+    fn publics(&self) -> impl Iterator<Item = PublicKey> {
+        [&self.keys].into_iter().chain(&self.accept).map(|keys| keys.public)
+    }
 }
 
 /// Limits. The default is the specification's; tests and benchmarks shorten `rekey_after`.
@@ -205,13 +213,16 @@ impl Transport {
     /// Adds a peer, and answers its kept initiation if there is one. A changed key is a new peer: remove the old one.
     pub fn add_peer(&mut self, mut config: PeerConfig, now: Now) -> PeerId {
         config.address = config.address.to_canonical();
-        let (public, endpoint) = (config.public, SocketAddr::new(config.address, config.port));
+        let endpoint = SocketAddr::new(config.address, config.port);
         let local = self.shared.locals.iter().position(|own| own.address.is_ipv4() == endpoint.is_ipv4());
+        let publics: Vec<_> = config.publics().collect();
         let id = self.peers.insert_with(|id| Peer::new(id, config, local));
-        self.by_static.insert((endpoint.is_ipv4(), public), id);
-        if let Some((from, message)) = self.kept.take(&public, endpoint, now.instant) {
-            // It was valid when it was kept; if it is not any more, the peer's next one will be.
-            let _: Result<Received, DropReason> = self.handle_initiation(from, &message, now);
+        for public in publics {
+            self.by_static.insert((endpoint.is_ipv4(), public), id);
+            if let Some((from, message)) = self.kept.take(&public, endpoint, now.instant) {
+                // It was valid when it was kept; if it is not any more, the peer's next one will be.
+                let _: Result<Received, DropReason> = self.handle_initiation(from, &message, now);
+            }
         }
         id
     }
@@ -221,9 +232,11 @@ impl Transport {
         let Some(mut removed) = self.peers.remove(peer) else { return };
         removed.indices().for_each(|index| self.shared.indices.remove(index));
         self.shared.schedule.cancel(peer, &mut removed.wake);
-        let key = (removed.config.address.is_ipv4(), removed.config.public);
-        if self.by_static.get(&key) == Some(&peer) {
-            self.by_static.remove(&key);
+        for public in removed.config.publics() {
+            let key = (removed.config.address.is_ipv4(), public);
+            if self.by_static.get(&key) == Some(&peer) {
+                self.by_static.remove(&key);
+            }
         }
     }
 
@@ -282,16 +295,14 @@ impl Transport {
     ) -> Result<Received, DropReason> {
         let local = self.verify(from, message)?;
         let ephemeral = self.shared.ephemeral();
-        let own = &self.shared.locals[local].keys;
-        let consumed = own.consume(message, ephemeral)?;
-        let own_public = own.public;
+        let consumed = self.shared.locals[local].keys.consume(message, ephemeral)?;
         let known = self.by_static.get(&(from.is_ipv4(), consumed.public));
         let Some(peer) = known.and_then(|id| self.peers.get_mut(*id)) else {
             self.shared.check_skew(consumed.stamp, now)?;
             self.kept.keep(consumed.public, consumed.stamp, from, message, now.instant);
             return Err(DropReason::PeerUnknown);
         };
-        peer.answer(consumed, &own_public, from, &mut self.shared, now)?;
+        peer.answer(consumed, from, &mut self.shared, now)?;
         Ok(Received::Handshake)
     }
 

@@ -20,7 +20,7 @@ use super::index::{PeerId, ReceiverIndex};
 use super::session::{Keypairs, Role, Session};
 use super::shared::Shared;
 use super::timers::{Timer, Timers};
-use super::{Event, PeerConfig, PublicKey, Received, Sealer};
+use super::{Event, PeerConfig, PeerKeys, Received, Sealer};
 use crate::proto::Now;
 use crate::proto::drop::DropReason;
 
@@ -28,6 +28,7 @@ use crate::proto::drop::DropReason;
 pub(super) struct Peer {
     id: PeerId,
     pub(super) config: PeerConfig,
+    /// Of the key in use.
     mac1: Mac1Key,
     /// Which of our static keys it is spoken to with; none if we have no address of its family.
     local: Option<usize>,
@@ -62,7 +63,7 @@ struct Attempt {
 impl Peer {
     pub(super) fn new(id: PeerId, config: PeerConfig, local: Option<usize>) -> Self {
         let endpoint = SocketAddr::new(config.address, config.port);
-        let mac1 = Mac1Key::new(&config.public);
+        let mac1 = Mac1Key::new(&config.keys.public);
         Self {
             id,
             config,
@@ -164,7 +165,6 @@ impl Peer {
     pub(super) fn answer(
         &mut self,
         consumed: Consumed,
-        own: &PublicKey,
         from: SocketAddr,
         shared: &mut Shared,
         now: Now,
@@ -183,15 +183,20 @@ impl Peer {
         self.last_consumed = Some(now.instant);
         self.endpoint = from;
         self.timers.clear(Timer::NoReply);
-        // Two initiations crossed: both sides prefer the one of the greater key. The other side still answers, so a
+        // Two initiations crossed: both sides prefer the one of the greater address. The other side still answers, so a
         // peer that does not know this rule is not left waiting for more than one retry.
         let crossed = self.initiation.as_ref().is_some_and(|mine| since(mine.sent, now) < CROSSING);
-        if crossed && *own > self.config.public {
+        let own = self.local.map(|local| shared.locals[local].address);
+        if crossed && own > Some(self.config.address) {
             return Ok(());
         }
+        // During a rotation the peer may already, or still, ask with the other key.
+        let PeerConfig { keys, accept, .. } = &self.config;
+        let asked_with = [keys].into_iter().chain(accept).find(|keys| keys.public == consumed.public);
+        let PeerKeys { public, psk } = asked_with.ok_or(DropReason::PeerUnknown)?;
         let index = shared.indices.insert(self.id, &mut shared.rng);
         let (keys, message) = consumed
-            .respond(&self.mac1, &self.config.psk, index)
+            .respond(&Mac1Key::new(public), psk, index)
             .inspect_err(|_| shared.indices.remove(index))?;
         let session = self.session(&keys, index, Role::Responder, shared, now);
         let fallen = self.keypairs.install_next(session);
@@ -298,7 +303,8 @@ impl Peer {
         let stamp = shared.stamp(now);
         let ephemeral = shared.ephemeral();
         let local = &shared.locals[local].keys;
-        match local.initiate(&self.config.public, &self.mac1, &self.config.psk, index, stamp, ephemeral) {
+        let PeerKeys { public, psk } = &self.config.keys;
+        match local.initiate(public, &self.mac1, psk, index, stamp, ephemeral) {
             Ok((state, message)) => {
                 self.initiation = Some(Box::new(Initiation { state, index, sent: now.instant }));
                 shared.transmits.push_back((self.endpoint, message.to_vec()));

@@ -259,7 +259,7 @@ fn initiations_of_a_peer_are_consumed_at_most_every_20_ms() {
 fn other_preshared_key_gives_no_session() {
     let mut pair = Pair::new(&Options::default());
     pair.sides[B].transport.remove_peer(pair.sides[B].peer);
-    let other = PeerConfig { psk: PresharedKey([1; 32]), ..config(A) };
+    let other = PeerConfig { keys: PeerKeys { psk: PresharedKey([1; 32]), ..config(A).keys }, ..config(A) };
     pair.sides[B].peer = pair.sides[B].transport.add_peer(other, pair.now);
     pair.send(A, b"secret");
     pair.run(secs(10));
@@ -302,8 +302,8 @@ fn initiations_of_sixteen_unknown_keys_are_kept() {
     let client = |n: u8| PeerConfig {
         address: [10, 0, 1, n].into(),
         port: PORT,
-        public: secret(100 + n).public(),
-        psk: psk(),
+        keys: PeerKeys { public: secret(100 + n).public(), psk: psk() },
+        accept: None,
     };
     for n in 0..17 {
         let identity = Identity { address: client(n).address, secret: secret(100 + n) };
@@ -331,7 +331,10 @@ fn every_identity_of_a_family_responds_and_the_first_initiates() {
     for (n, wait) in [(51, 0), (50, 1)] {
         let now = Now { instant: now.instant + secs(wait), wall: now.wall + secs(wait) };
         let mut client = transport(A, &Options::default());
-        let peer = client.add_peer(PeerConfig { public: secret(n).public(), ..config(B) }, now);
+        let peer = client.add_peer(
+            PeerConfig { keys: PeerKeys { public: secret(n).public(), psk: psk() }, ..config(B) },
+            now,
+        );
         client.begin(peer, now);
         let (_, mut message) = client.poll_transmit().unwrap();
         assert_eq!(server.handle(address(A), &mut message, now), Ok(Received::Handshake));
@@ -342,7 +345,10 @@ fn every_identity_of_a_family_responds_and_the_first_initiates() {
     server.begin(at_server, later);
     let (_, message) = server.poll_transmit().unwrap();
     let mut client = transport(A, &Options::default());
-    client.add_peer(PeerConfig { public: secret(50).public(), ..config(B) }, later);
+    client.add_peer(
+        PeerConfig { keys: PeerKeys { public: secret(50).public(), psk: psk() }, ..config(B) },
+        later,
+    );
     assert_eq!(client.handle(address(B), &mut message.clone(), later), Ok(Received::Handshake));
 }
 
@@ -399,4 +405,62 @@ proptest! {
         prop_assert_eq!(&pair.sides[B].received, &[b"from a"]);
         prop_assert_eq!(&pair.sides[A].received, &[b"from b"]);
     }
+}
+
+/// Both sides of a rotation, one step after the other on each: `use` and `accept` of the two project keys.
+#[test]
+fn promise_7_a_key_rotation_meets_every_combination_of_its_steps() {
+    let key = |side: usize, n: u8| secret(100 + 10 * u8::try_from(side).unwrap() + n);
+    let keys = |side: usize, n: u8| PeerKeys { public: key(side, n).public(), psk: PresharedKey([n; 32]) };
+    // Old alone, new accepted, swapped, new alone.
+    let steps: [&[u8]; 4] = [&[1], &[1, 2], &[2, 1], &[2]];
+    for (a, b) in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 3)] {
+        let side = |side: usize, step: usize| {
+            let identities =
+                steps[step].iter().map(|n| Identity { address: address(side).ip(), secret: key(side, *n) });
+            let rng = ChaCha20Rng::seed_from_u64(side as u64);
+            let mut transport = Transport::new(identities.collect(), Options::default(), rng);
+            let mut known = steps[step].iter().map(|n| keys(1 - side, *n));
+            let config = PeerConfig {
+                address: address(1 - side).ip(),
+                port: PORT,
+                keys: known.next().unwrap(),
+                accept: known.next(),
+            };
+            (transport.add_peer(config, epoch()), transport)
+        };
+        for first in [A, B] {
+            let ((at_a, mut alice), (at_b, mut bob)) = (side(A, a), side(B, b));
+            let now = epoch();
+            let (asks, answers) = if first == A { (&mut alice, &mut bob) } else { (&mut bob, &mut alice) };
+            let peer = if first == A { at_a } else { at_b };
+            asks.begin(peer, now);
+            let (_, mut initiation) = asks.poll_transmit().unwrap();
+            assert_eq!(
+                answers.handle(address(first), &mut initiation, now),
+                Ok(Received::Handshake),
+                "{a} {b}"
+            );
+            let (_, mut response) = answers.poll_transmit().unwrap();
+            assert_eq!(
+                asks.handle(address(1 - first), &mut response, now),
+                Ok(Received::Handshake),
+                "{a} {b}"
+            );
+            assert!(asks.seal(peer, now).is_some(), "{a} {b}");
+        }
+    }
+    // Without the step between, the two ends do not meet: that is what the step is for.
+    let alone = |side: usize, n: u8| {
+        let identity = Identity { address: address(side).ip(), secret: key(side, n) };
+        let mut transport =
+            Transport::new(vec![identity], Options::default(), ChaCha20Rng::seed_from_u64(side as u64));
+        let config =
+            PeerConfig { address: address(1 - side).ip(), port: PORT, keys: keys(1 - side, n), accept: None };
+        (transport.add_peer(config, epoch()), transport)
+    };
+    let ((peer, mut alice), (_, mut bob)) = (alone(A, 1), alone(B, 2));
+    alice.begin(peer, epoch());
+    let (_, mut initiation) = alice.poll_transmit().unwrap();
+    assert_eq!(bob.handle(address(A), &mut initiation, epoch()), Err(DropReason::BadMac1));
 }

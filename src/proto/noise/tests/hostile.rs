@@ -115,7 +115,10 @@ fn peer_with_a_low_order_static_key_is_silent_and_sent_nothing() {
     for point in LOW_ORDER {
         let now = epoch();
         let mut transport = transport(A, &Options::default());
-        let peer = transport.add_peer(PeerConfig { public: PublicKey(point), ..config(B) }, now);
+        let peer = transport.add_peer(
+            PeerConfig { keys: PeerKeys { public: PublicKey(point), psk: psk() }, ..config(B) },
+            now,
+        );
         transport.begin(peer, now);
         assert_eq!(transport.poll_transmit(), None);
         let later = Now { instant: now.instant + secs(3), wall: now.wall };

@@ -41,7 +41,8 @@ pub(super) fn address(side: usize) -> SocketAddr {
 }
 
 pub(super) fn config(side: usize) -> PeerConfig {
-    PeerConfig { address: address(side).ip(), port: PORT, public: side_secret(side).public(), psk: psk() }
+    let keys = PeerKeys { public: side_secret(side).public(), psk: psk() };
+    PeerConfig { address: address(side).ip(), port: PORT, keys, accept: None }
 }
 
 pub(super) fn side_secret(side: usize) -> StaticSecret {
@@ -55,7 +56,7 @@ pub(super) fn transport(side: usize, options: &Options) -> Transport {
 
 /// The side whose initiation wins when two cross.
 pub(super) fn winner() -> usize {
-    if side_secret(A).public() > side_secret(B).public() { A } else { B }
+    if address(A).ip() > address(B).ip() { A } else { B }
 }
 
 #[derive(Clone, Copy)]
