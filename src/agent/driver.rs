@@ -601,9 +601,9 @@ impl Driver {
 
     /// The directory's routes are in place: packets are read from here on, and the launcher is told.
     fn report_ready(&mut self) -> anyhow::Result<()> {
-        let Some(generation) = self.generation.filter(|_| !self.announced && self.engine.is_settled()) else {
-            return Ok(());
-        };
+        // Once ready, always: a change that the kernel refuses is tried again, and keeps no launcher waiting.
+        let ready = self.ready || self.engine.is_settled();
+        let Some(generation) = self.generation.filter(|_| !self.announced && ready) else { return Ok(()) };
         if !std::mem::replace(&mut self.ready, true) {
             info!(generation, "protected");
         }

@@ -32,6 +32,7 @@ pub mod control;
 mod dns;
 mod driver;
 pub mod guard;
+mod handover;
 pub mod neighbour;
 pub mod netlink;
 pub mod presence;
