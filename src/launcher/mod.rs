@@ -9,7 +9,7 @@
 //! 5. changes of the directory go to the agent, an agent that ended is replaced, until a signal or the namespace's end
 //! 6. SIGTERM: the agent removes what it made, and the guard goes last (`take_down`); SIGQUIT: only the launcher ends
 //!
-//! A bring-up that fails, or is interrupted, is undone in reverse, unless the pod was closed before: then it stays so.
+//! A bring-up that fails is undone in reverse, unless the pod was closed before: then it stays so.
 //! While there is no agent the pod is closed: guard, routes and `tenc0` stay. May touch: what its modules may.
 
 use std::io;
@@ -177,7 +177,7 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
         }
         None => {
             info!("stopped before the pod was protected");
-            return take_down(supervisor, &runtime, !found_guard).await;
+            return take_down(supervisor, &runtime, true).await;
         }
     }
     supervisor.plan.announce();

@@ -107,7 +107,8 @@ impl<'a> Supervisor<'a> {
         if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
             let identity = self.plan.netns.identity();
             if let Some((agent, adopted)) = Agent::adopt(channel, identity).await.map_err(Failure::kernel)? {
-                return self.take_over(agent, adopted).await;
+                self.take_over(agent, adopted).await;
+                return Ok(());
             }
         }
         self.spawn().map_err(Failure::kernel)?;
@@ -117,7 +118,7 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    async fn take_over(&mut self, agent: Agent, adopted: Adopted) -> Result<(), Failure> {
+    async fn take_over(&mut self, agent: Agent, adopted: Adopted) {
         info!(pid = agent.id(), "the agent of an earlier launcher goes on");
         self.agent = Some(agent);
         self.started = Instant::now();
@@ -126,9 +127,10 @@ impl<'a> Supervisor<'a> {
             && executable().is_ok_and(|own| own == adopted.executable);
         if !same {
             info!("it is of another build, or was told something else: it hands over to a new one");
-            self.upgrade().await.map_err(Failure::failed)?;
+            if let Err(error) = self.upgrade().await {
+                warn!(error = format!("{error:#}"), "it could not be replaced in order");
+            }
         }
-        Ok(())
     }
 
     /// Starts an agent and sends it everything but what makes it read: its `Ready` is still to come.
@@ -354,9 +356,29 @@ impl<'a> Supervisor<'a> {
             successor.kill().await?;
             return Err(failure.error.context("the successor was not ready: the old agent goes on"));
         }
-        self.runtime.publish()?;
         let mut old = self.agent.take().expect("looked at before");
-        let state = match timeout(HAND_OVER_LIMIT, hand_over(&mut old)).await {
+        match self.switch(&mut old, &mut successor).await {
+            Ok(()) => {
+                info!(pid = successor.id(), from = old.id(), "the agent was replaced");
+                self.agent = Some(successor);
+                self.queue = queue;
+                self.started = Instant::now();
+                self.missed = 0;
+                Ok(())
+            }
+            Err(error) => {
+                self.agent = Some(old);
+                successor.kill().await?;
+                self.replace().await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The old agent hands over and ends, the successor goes on. Two must not read: the old one has ended before.
+    async fn switch(&mut self, old: &mut Agent, successor: &mut Agent) -> anyhow::Result<()> {
+        self.runtime.publish()?;
+        let state = match timeout(HAND_OVER_LIMIT, hand_over(old)).await {
             Ok(Ok(state)) => Some(state),
             Ok(Err(error)) => {
                 warn!(error = format!("{error:#}"), "nothing was handed over: sessions are made anew");
@@ -367,15 +389,9 @@ impl<'a> Supervisor<'a> {
                 None
             }
         };
-        // Two must not read: the old one has ended before the new one goes on.
         old.kill().await?;
-        self.queue = queue;
-        self.started = Instant::now();
-        self.missed = 0;
         let descriptors: Vec<_> = state.iter().map(AsFd::as_fd).collect();
         successor.send(&ToAgent::Resume, &descriptors)?;
-        info!(pid = successor.id(), from = old.id(), "the agent was replaced");
-        self.agent = Some(successor);
         Ok(())
     }
 
