@@ -31,6 +31,7 @@ pub mod neighbour;
 pub mod netlink;
 mod privileges;
 pub mod raw_socket;
+pub mod state;
 pub mod tun;
 pub mod udp;
 
@@ -130,6 +131,8 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
     let mut engine_seed = [0; 32];
     rng.fill_bytes(&mut engine_seed);
+    let mut balance_seed = [0; 16];
+    rng.fill_bytes(&mut balance_seed);
     let facts = RouteFacts { own, link_mtu: init.link_mtu };
     let mut descriptors = descriptors.into_iter();
     let mut engine = Engine::new(Config {
@@ -143,6 +146,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
         zone: zone(init)?,
         link_mtu: init.link_mtu,
         seed: engine_seed,
+        balance_seed,
         options: options(init),
         coalesce: raw.is_none() && tun.offloads() != 0,
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name;
-use rand::{Rng, SeedableRng};
+use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
 
 use crate::wire::coalesce::Coalescer;
@@ -27,7 +27,9 @@ pub mod balance;
 pub mod directory;
 pub mod dns;
 pub mod drop;
+pub mod handover;
 pub mod inbound;
+pub mod journal;
 pub mod mtu;
 pub mod nat;
 pub mod noise;
@@ -41,6 +43,7 @@ use directory::{Change, Directory, Effect};
 use dns::{Dns, Forward, QueryId, StreamId};
 use drop::{Counters, DropReason};
 use inbound::Held;
+use journal::{Record, Restored};
 use nat::Flows;
 use noise::{Identity, Transport};
 use outbound::FragmentTable;
@@ -73,8 +76,10 @@ pub struct Config {
     pub zone: Option<Name>,
     /// MTU of the pod's link, in bytes.
     pub link_mtu: u32,
-    /// Randomness: indices, ids, jitter, hash keys, endpoint choice.
+    /// Randomness: indices, ids, jitter, hash keys. Never used twice.
     pub seed: [u8; 32],
+    /// Endpoint choice; a successor gets the same one, so that it chooses the same endpoints.
+    pub balance_seed: [u8; 16],
     /// The protocol's times and limits.
     pub options: noise::Options,
     /// Merge received packets into super-packets (needs a TUN that takes them).
@@ -139,8 +144,6 @@ impl Engine {
     pub fn new(config: Config) -> Self {
         let mut rng = ChaCha20Rng::from_seed(config.seed);
         let own: Vec<IpAddr> = config.identities.iter().map(|identity| identity.address).collect();
-        let mut balance_seed = [0; 16];
-        rng.fill_bytes(&mut balance_seed);
         let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
         let mut coalescer = Coalescer::new();
         coalescer.merge_udp(config.coalesce_udp);
@@ -148,7 +151,7 @@ impl Engine {
         Self {
             port: config.port,
             link_mtu: config.link_mtu,
-            balance_seed,
+            balance_seed: config.balance_seed,
             capture: vec![0; BUFFER_LEN],
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
@@ -176,6 +179,35 @@ impl Engine {
     /// A former agent left these addresses protected.
     pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
         self.routing.adopt(addresses, now);
+    }
+
+    /// A former agent ended without notice and left this in the journal. To be called before any directory and any packet;
+    /// no packet of the pod may be handed in before the first directory, which says whose flows these are.
+    pub fn restore(&mut self, restored: &Restored, now: Now) {
+        restored.stamp.into_iter().for_each(|stamp| self.peers.transport.raise_stamp(stamp));
+        self.peers.restore(&restored.peers);
+        let flows = restored.flows.iter().filter(|(_, flow)| self.own.contains(&flow.tuple.local.0));
+        self.flows.restore(flows.map(|(slot, flow)| (*slot, *flow, now.instant)));
+        journal::counts(&restored.counters)
+            .for_each(|(word, packets)| journal::add_count(&mut self.counters, word, packets));
+        self.settle(now);
+    }
+
+    /// The next change that has to be written before anything is sent or injected.
+    pub fn poll_record(&mut self) -> Option<Record> {
+        if let Some(stamp) = self.peers.transport.poll_stamp() {
+            return Some(Record::Stamp(stamp));
+        }
+        if let Some((slot, address)) = self.peers.poll_live() {
+            return Some(Record::Peer { slot, address });
+        }
+        self.flows.poll_changed().map(|(slot, flow)| Record::Flow { slot, flow })
+    }
+
+    /// Whether no DNS query and no answer is under way: the quiet moment for [`Self::export`].
+    #[must_use]
+    pub fn is_dns_idle(&self) -> bool {
+        self.dns.is_idle()
     }
 
     /// The directory changed. All changes take effect together.

@@ -375,6 +375,18 @@ impl FragmentTable {
         self.routes.get(&key(packet)?).map(|(_, route)| *route)
     }
 
+    /// Every entry with the end of its life, for a successor.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&FragmentKey, &(Instant, Route))> {
+        self.routes.iter()
+    }
+
+    /// Puts back what a former agent remembered for `remaining` from `then` on.
+    pub(super) fn restore(&mut self, key: FragmentKey, then: Instant, remaining: Duration, route: Route) {
+        if self.routes.len() < FRAGMENTS {
+            self.routes.insert(key, (then + remaining.min(FRAGMENT_LIFE), route));
+        }
+    }
+
     pub(super) fn sweep(&mut self, now: Now) {
         self.routes.retain(|_, (until, _)| *until > now.instant);
     }
