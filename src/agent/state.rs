@@ -90,12 +90,20 @@ const FILE_LEN: u64 = FLOWS.end();
 /// What has to be the same for a former agent's state to be ours.
 #[derive(Clone, Debug)]
 pub struct Facts {
-    /// Of this boot: /proc/sys/kernel/random/boot_id without its dashes.
+    /// Of this boot; see [`parse_boot_id`].
     pub boot_id: [u8; 16],
     /// Of the pod's network namespace.
     pub cookie: u64,
     /// The workload's own addresses, in any order.
     pub addresses: Vec<IpAddr>,
+}
+
+/// What /proc/sys/kernel/random/boot_id says, as bytes.
+#[must_use]
+pub fn parse_boot_id(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
+    let number = u128::from_str_radix(&digits, 16).ok()?;
+    (digits.len() == 32).then_some(number.to_be_bytes())
 }
 
 /// The file, open; one agent at a time writes it.
@@ -443,6 +451,16 @@ mod tests {
         let (mut state, restored) = StateFile::open(full.into(), &facts(), [1; 16]);
         assert!(state.failed && restored.balance_seed == [1; 16]);
         state.write(Record::Flow { slot: 0, flow: Some(flow(1)) });
+    }
+
+    #[test]
+    fn the_kernels_boot_id_is_read() {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        assert!(parse_boot_id(&text).is_some_and(|id| id != [0; 16]));
+        assert_eq!(parse_boot_id("00000000-0000-0000-0000-000000000102"), Some(258_u128.to_be_bytes()));
+        assert!(
+            ["", "12", "zz000000-0000-0000-0000-000000000102"].iter().all(|t| parse_boot_id(t).is_none())
+        );
     }
 
     #[test]

@@ -29,6 +29,8 @@ const MAGIC: &[u8; 7] = b"tencrho";
 const VERSION: u8 = 1;
 /// Far above what bounded tables and queues can come to.
 const MAX_LEN: usize = 256 << 20;
+/// More words than there are.
+const MAX_COUNTS: usize = 256;
 const PREFIX: usize = MAGIC.len() + 1;
 
 /// Why a former agent's state was not taken over; the engine is as it was.
@@ -136,7 +138,11 @@ impl Engine {
         let then = now.instant.checked_sub(gap).unwrap_or(now.instant);
         state.stamp.into_iter().for_each(|stamp| self.peers.transport.raise_stamp(stamp));
         let mut counts = Counters::default();
-        state.counts.iter().for_each(|(word, packets)| journal::add_count(&mut counts, word, *packets));
+        state
+            .counts
+            .iter()
+            .take(MAX_COUNTS)
+            .for_each(|(word, packets)| journal::add_count(&mut counts, word, *packets));
         journal::counts(&counts)
             .for_each(|(word, packets)| journal::add_count(&mut self.counters, word, packets));
         let own = &self.own;

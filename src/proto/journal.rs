@@ -176,7 +176,7 @@ pub fn counts(counters: &Counters) -> impl Iterator<Item = (&'static str, u64)> 
 /// Adds what [`counts`] gave; words that this version does not know are left out.
 pub fn add_count(counters: &mut Counters, word: &str, packets: u64) {
     // Far above what can be counted, and far below an overflow.
-    let packets = packets.min(1 << 60);
+    let packets = packets.min(1 << 50);
     match word {
         "sealed" => counters.sealed += packets,
         "opened" => counters.opened += packets,

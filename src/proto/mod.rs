@@ -6,6 +6,7 @@
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
 //! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] (every way to end).
+//! What outlives the engine: [`journal`] (it ended without notice), [`handover`] (a planned upgrade).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -121,6 +122,8 @@ pub struct Engine {
     receive: Vec<u8>,
     dns: Dns,
     directory: Directory,
+    /// Before the first directory nobody can say whose restored flow has lost its peer.
+    knows_directory: bool,
     routing: Routing,
     peers: Peers,
     flows: Flows,
@@ -156,6 +159,7 @@ impl Engine {
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),
+            knows_directory: false,
             routing: Routing::new(),
             peers: Peers::new(transport, config.port, peer_seed),
             flows: Flows::new(flow_seed),
@@ -181,8 +185,8 @@ impl Engine {
         self.routing.adopt(addresses, now);
     }
 
-    /// A former agent ended without notice and left this in the journal. To be called before any directory and any packet;
-    /// no packet of the pod may be handed in before the first directory, which says whose flows these are.
+    /// A former agent ended without notice and left this in the journal. To be called before any directory and any packet.
+    /// Packets of restored flows are held until the first directory says who their peers are.
     pub fn restore(&mut self, restored: &Restored, now: Now) {
         restored.stamp.into_iter().for_each(|stamp| self.peers.transport.raise_stamp(stamp));
         self.peers.restore(&restored.peers);
@@ -212,6 +216,7 @@ impl Engine {
 
     /// The directory changed. All changes take effect together.
     pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
+        self.knows_directory = true;
         for change in changes {
             match self.directory.apply(change, now) {
                 Effect::WorkloadSet(workload) => {

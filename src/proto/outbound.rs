@@ -198,6 +198,9 @@ impl Engine {
                 flow.touch(Direction::Outbound, flags, now);
                 return Ok(route_of(flow.kind, flow.peer, tuple));
             }
+            if !self.knows_directory {
+                return Ok(Route::Unknown);
+            }
             if tuple.protocol == protocol::TCP && !opens {
                 return Err(DropReason::PeerGone);
             }

@@ -82,7 +82,7 @@ impl Transmits {
 
     /// Queues what a former agent had no time to send.
     pub(super) fn send_on(&mut self, to: SocketAddr, records: &[u8], segment: usize) {
-        if records.is_empty() || segment == 0 || segment > MAX_TRAIN || records.len() > MAX_TRAIN {
+        if records.is_empty() || segment == 0 || records.len() > 2 * MAX_TRAIN {
             return;
         }
         let arena = self.arena();

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::super::handover::ImportError;
 use super::super::journal::{FlowRecord, Record, Restored};
-use super::super::nat::Tuple;
+use super::super::nat::{Direction, Flows, Kind, Tuple};
 use super::super::{balance, inbound};
 use super::*;
 
@@ -112,8 +112,9 @@ fn promise_7_a_server_that_speaks_first_through_a_vip_still_does_after_its_agent
         network.capture(0, &syn((CLIENT[family], 4000), (VIP[family], 80)));
         assert_eq!(network.inbox(1).len(), 1);
         network.crash(1, &mut journal);
-        network.tell(1, everything());
         network.capture(1, &data((SERVER[family], 8080), (CLIENT[family], 4000), b"pushed"));
+        assert!(network.inbox(1).is_empty(), "no reset while the directory is on its way");
+        network.tell(1, everything());
         network.advance(Duration::from_millis(300));
         let got = network.inbox(0);
         assert_eq!(read(&got[0]), (at(VIP[family], 80), at(CLIENT[family], 4000), b"pushed".to_vec()));
@@ -489,6 +490,63 @@ proptest! {
         network.run();
         network.capture(0, &udp((CLIENT[0], 4000), (VIP[0], 80), b"more"));
         network.advance(inbound::HELD_LIFE * 4);
+    }
+
+    #[test]
+    fn promise_7_the_journal_holds_the_flow_table_as_it_is(
+        steps in prop::collection::vec((0..6u8, 0..12u16, 0..6u8, any::<bool>()), 1..200),
+    ) {
+        let mut now = Now { instant: test_start(), wall: Duration::ZERO };
+        let mut flows = Flows::new(1);
+        let mut journal = BTreeMap::new();
+        let mut drain = |flows: &mut Flows| {
+            while let Some((slot, flow)) = flows.poll_changed() {
+                match flow {
+                    Some(flow) => drop(journal.insert(slot, flow)),
+                    None => drop(journal.remove(&slot)),
+                }
+            }
+            journal.clone()
+        };
+        let (own, peer, vip) = ((ip(SERVER[0]), 8080), ip(CLIENT[0]), ip(VIP[0]));
+        for (step, port, flags, drains) in steps {
+            let direct = Tuple { protocol: 6, local: own, remote: (peer, port) };
+            let wire = Tuple { protocol: 6, local: (vip, 80), remote: (peer, port) };
+            let out = Tuple { protocol: 6, local: (own.0, port), remote: (vip, 80) };
+            match step {
+                0 => drop(flows.insert(direct, peer, Kind::Direct, now)),
+                1 if flows.get_by_wire(&wire).is_none() => drop(flows.insert_server(wire, own, peer, now)),
+                2 => drop(flows.insert_hairpin(out, own, now)),
+                3 => flows.forget(&direct),
+                4 => {
+                    now.instant += Duration::from_secs(40);
+                    flows.sweep(now);
+                }
+                _ => {
+                    let flow = if drains { flows.get_by_wire(&wire) } else { flows.get(&direct) };
+                    let direction = if port % 2 == 0 { Direction::Inbound } else { Direction::Outbound };
+                    flow.into_iter().for_each(|flow| flow.touch(direction, flags, now));
+                }
+            }
+            if drains {
+                drain(&mut flows);
+            }
+        }
+        let written = drain(&mut flows);
+        let held: BTreeMap<u32, FlowRecord> = flows.export(now).map(|(slot, flow, _)| (slot, flow)).collect();
+        prop_assert_eq!(&written, &held);
+        let mut successor = Flows::new(2);
+        successor.restore(written.iter().map(|(slot, flow)| (*slot, *flow, now.instant)));
+        let again: BTreeMap<u32, FlowRecord> = successor.export(now).map(|(slot, flow, _)| (slot, flow)).collect();
+        prop_assert_eq!(&again, &held);
+        prop_assert_eq!(successor.poll_changed(), None);
+        for flow in held.values() {
+            prop_assert_eq!(successor.get(&flow.tuple).map(|found| found.kind), Some(flow.kind));
+            if let Kind::Server { service, client_port } = flow.kind {
+                let wire = Tuple { protocol: 6, local: service, remote: (peer, client_port) };
+                prop_assert_eq!(successor.get_by_wire(&wire).map(|found| found.tuple), Some(flow.tuple));
+            }
+        }
     }
 
     #[test]
