@@ -25,6 +25,7 @@
 //! 4. Authentic: the injection rule of [`proto::inbound`]; the replay window of [`proto::noise`].
 //! 5. Fresh keys, and no packet lost in a rekey ([`proto::noise`]).
 //! 6. Silent to whoever has no valid MAC1 ([`proto::noise`]).
+//! 7. Connections survive their agents ([`proto::journal`] and [`agent::state`] a crash, [`proto::handover`] an upgrade).
 //! 8. DNS is unchanged ([`proto::dns`]).
 //! 11. Least privilege (`agent::privileges`, [`launcher::keys`]).
 //! 12. Everything is counted ([`proto::drop::Counters`]).

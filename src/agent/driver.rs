@@ -23,9 +23,11 @@ use tracing::{debug, info, warn};
 use super::applier::Applier;
 use super::control::{self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION};
 use super::dns::{Answer, Queries, Streams, listener};
+use super::handover;
 use super::neighbour::ArpResponder;
 use super::presence::Presence;
 use super::raw_socket::RawInjector;
+use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
 use crate::proto::directory::Change;
@@ -52,6 +54,7 @@ const EDGES: EpollFlags =
 
 /// What the loop needs; made by the agent's bring-up.
 pub(super) struct Kernel {
+    pub(super) state: StateFile,
     pub(super) tun: Tun,
     /// By own address.
     pub(super) sockets: Vec<(IpAddr, TunnelSocket)>,
@@ -132,8 +135,8 @@ pub(super) enum End {
     Failed(anyhow::Error),
     /// Nobody is left to protect.
     NamespaceGone,
-    /// A successor goes on.
-    HandedOver,
+    /// A successor goes on with what the engine exports.
+    HandOver,
     /// Parked, and the launcher that would have said when to go on is gone.
     Abandoned,
 }
@@ -231,12 +234,13 @@ impl Driver {
     fn end_if_due(&mut self, now: Instant) -> anyhow::Result<Option<End>> {
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = Some(now + PRESENCE_CHECK);
+            self.kernel.state.write_counters(self.engine.counters());
             if self.session.presence.is_gone() {
                 return Ok(Some(End::NamespaceGone));
             }
         }
         if self.hand_over_by.is_some_and(|by| by <= now || self.is_dns_idle()) {
-            return self.hand_over(now).map(Some);
+            return Ok(Some(End::HandOver));
         }
         Ok(None)
     }
@@ -438,7 +442,10 @@ impl Driver {
                 }
                 self.generation = Some(generation);
             }
-            ToAgent::Ping => self.session.tell(&FromAgent::Pong, &[]),
+            ToAgent::Ping => {
+                self.kernel.state.write_counters(self.engine.counters());
+                self.session.tell(&FromAgent::Pong, &[]);
+            }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,
             ToAgent::GuardLoaded => {}
@@ -485,26 +492,31 @@ impl Driver {
     }
 
     fn is_dns_idle(&self) -> bool {
-        self.query_tokens.is_empty() && self.streams.is_empty()
+        self.engine.is_dns_idle() && self.query_tokens.is_empty() && self.streams.is_empty()
     }
 
-    /// The last act: nothing is read any more, and the engine is given away, so that nothing can be sealed.
-    fn hand_over(&mut self, _now: Instant) -> anyhow::Result<End> {
-        self.drain()?;
-        Ok(End::HandedOver)
-    }
-
-    /// The predecessor has ended.
-    fn resume(&mut self, _state: Option<OwnedFd>, _now: Now) -> anyhow::Result<()> {
+    /// The predecessor has ended: what it handed over, or else what it wrote down, is gone on with.
+    fn resume(&mut self, state: Option<OwnedFd>, now: Now) -> anyhow::Result<()> {
         if !std::mem::take(&mut self.session.parked) {
             warn!("Resume without a predecessor ignored");
             return Ok(());
         }
+        let state = state.context("nothing was handed over").and_then(|fd| Ok(handover::open(fd)?));
+        if let Err(error) = state.and_then(|bytes| Ok(self.engine.import(&bytes, now)?)) {
+            warn!(error = format!("{error:#}"), "sessions are made anew");
+            self.engine.restore(&self.kernel.state.reread(), now);
+            self.engine.handle_directory(Vec::new(), now);
+        }
         self.start_reading()
     }
 
-    /// Hands out everything the engine has.
+    /// Hands out everything the engine has. What a successor has to know is written before anything else happens.
     fn drain(&mut self) -> anyhow::Result<()> {
+        if !self.session.parked {
+            while let Some(record) = self.engine.poll_record() {
+                self.kernel.state.write(record);
+            }
+        }
         while let Some(batch) = self.engine.poll_batch() {
             self.kernel.applier.submit(batch);
         }
@@ -619,7 +631,8 @@ impl Driver {
     }
 
     /// Ends the control thread, closes every descriptor but those towards launchers.
-    pub(super) fn dismantle(self) -> (Session, Engine) {
+    pub(super) fn dismantle(mut self) -> (Session, Engine) {
+        self.kernel.state.write_counters(self.engine.counters());
         self.kernel.applier.finish();
         (self.session, self.engine)
     }

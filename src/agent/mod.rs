@@ -38,6 +38,7 @@ pub mod netlink;
 pub mod presence;
 mod privileges;
 pub mod raw_socket;
+pub mod state;
 pub mod tun;
 pub mod udp;
 
@@ -50,6 +51,7 @@ use neighbour::ArpResponder;
 use netlink::{Capture, Netlink};
 use presence::Presence;
 use raw_socket::RawInjector;
+use state::StateFile;
 use tun::Tun;
 use udp::TunnelSocket;
 
@@ -156,7 +158,13 @@ pub fn run(listener: OwnedFd) -> anyhow::Result<ExitKind> {
             driver.dismantle().0.presence.remove_files();
             Ok(ExitKind::Stopped)
         }
-        End::HandedOver => Ok(ExitKind::Stopped),
+        End::HandOver => {
+            let (session, engine) = driver.dismantle();
+            // Without it the successor makes its sessions anew.
+            let state = handover::seal(&engine.export(driver::clocks())).context("hand over")?;
+            session.tell(&FromAgent::HandedOver, &[state.as_fd()]);
+            Ok(ExitKind::Stopped)
+        }
         End::Abandoned => bail!("the launcher is gone, and another agent protects the pod"),
     }
 }
@@ -212,8 +220,14 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
     };
     privileges::drop_all_but_network().context("give up privileges")?;
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
-    let mut engine_seed = [0; 32];
+    let (mut engine_seed, mut balance_seed) = ([0; 32], [0; 16]);
     rng.fill_bytes(&mut engine_seed);
+    rng.fill_bytes(&mut balance_seed);
+    let (state, restored) = StateFile::open(
+        carried.state.context("the launcher sent no state file")?,
+        &state_facts(&own, &sockets)?,
+        balance_seed,
+    );
     let facts = RouteFacts { own, link_mtu: init.link_mtu };
     let mut engine = Engine::new(Config {
         identities: identities(init),
@@ -222,13 +236,18 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         zone: zone(init)?,
         link_mtu: init.link_mtu,
         seed: engine_seed,
+        balance_seed: restored.balance_seed,
         options: options(init),
         coalesce: raw.is_none() && tun.offloads() != 0,
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,
         dns_gate: crate::fault::dns_gate(),
     });
     engine.adopt(&stale, driver::clocks());
+    if !init.parked {
+        engine.restore(&restored, driver::clocks());
+    }
     let kernel = Kernel {
+        state,
         tun,
         sockets,
         raw,
@@ -238,6 +257,17 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         queries: Queries::new(dns_ports, held, rng),
     };
     Ok((engine, kernel))
+}
+
+/// What tells this boot, this namespace and this workload from others.
+fn state_facts(own: &[IpAddr], sockets: &[(IpAddr, TunnelSocket)]) -> anyhow::Result<state::Facts> {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the boot's id")?;
+    let (_, socket) = sockets.first().context("no address of our own")?;
+    Ok(state::Facts {
+        boot_id: state::parse_boot_id(&boot_id).context("the boot's id is none")?,
+        cookie: crate::sys::netns::cookie(socket).context("the namespace's cookie: needs Linux 5.14")?,
+        addresses: own.to_vec(),
+    })
 }
 
 /// The tunnel's sockets, by own address: a former agent's, if they are all there, else new ones.

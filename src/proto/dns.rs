@@ -109,6 +109,12 @@ impl Dns {
         self.resolvers.contains(&address)
     }
 
+    /// Whether no query waits for its answer, and no answer for its route.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.held.is_empty()
+    }
+
     /// Forwards a query that the pod sent over UDP.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ pub(super) const HELD_LIFE: Duration = Duration::from_secs(1);
 /// Captured packets held for the directory.
 const UNROUTED: usize = 128;
 /// Opened packets held for the directory or the peer gate.
-const INBOUND: usize = 64;
+pub(super) const INBOUND: usize = 64;
 
 /// What is decided about an opened packet.
 enum Verdict {
@@ -300,17 +300,17 @@ fn change_of(tuple: &Tuple, wire: &Tuple) -> Rewrite {
     }
 }
 
-struct HeldPacket {
-    until: Instant,
-    peer: IpAddr,
-    bytes: Vec<u8>,
-    reason: DropReason,
+pub(super) struct HeldPacket {
+    pub(super) until: Instant,
+    pub(super) peer: IpAddr,
+    pub(super) bytes: Vec<u8>,
+    pub(super) reason: DropReason,
 }
 
 /// Packets that wait: captured ones for the directory, opened ones for the directory or the peer gate.
 pub(super) struct Held {
     unrouted: VecDeque<(Instant, Vec<u8>)>,
-    inbound: VecDeque<HeldPacket>,
+    pub(super) inbound: VecDeque<HeldPacket>,
 }
 
 impl Held {

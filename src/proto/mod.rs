@@ -6,6 +6,7 @@
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
 //! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] (every way to end).
+//! What outlives the engine: [`journal`] (it ended without notice), [`handover`] (a planned upgrade).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -15,7 +16,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hickory_proto::rr::Name;
-use rand::{Rng, SeedableRng};
+use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
 
 use crate::wire::coalesce::Coalescer;
@@ -27,7 +28,9 @@ pub mod balance;
 pub mod directory;
 pub mod dns;
 pub mod drop;
+pub mod handover;
 pub mod inbound;
+pub mod journal;
 pub mod mtu;
 pub mod nat;
 pub mod noise;
@@ -41,6 +44,7 @@ use directory::{Change, Directory, Effect};
 use dns::{Dns, Forward, QueryId, StreamId};
 use drop::{Counters, DropReason};
 use inbound::Held;
+use journal::{Record, Restored};
 use nat::Flows;
 use noise::{Identity, Transport};
 use outbound::FragmentTable;
@@ -73,8 +77,10 @@ pub struct Config {
     pub zone: Option<Name>,
     /// MTU of the pod's link, in bytes.
     pub link_mtu: u32,
-    /// Randomness: indices, ids, jitter, hash keys, endpoint choice.
+    /// Randomness: indices, ids, jitter, hash keys. Never used twice.
     pub seed: [u8; 32],
+    /// Endpoint choice; a successor gets the same one, so that it chooses the same endpoints.
+    pub balance_seed: [u8; 16],
     /// The protocol's times and limits.
     pub options: noise::Options,
     /// Merge received packets into super-packets (needs a TUN that takes them).
@@ -116,6 +122,8 @@ pub struct Engine {
     receive: Vec<u8>,
     dns: Dns,
     directory: Directory,
+    /// Before the first directory nobody can say whose restored flow has lost its peer.
+    knows_directory: bool,
     routing: Routing,
     peers: Peers,
     flows: Flows,
@@ -144,8 +152,6 @@ impl Engine {
                 own.push(identity.address);
             }
         }
-        let mut balance_seed = [0; 16];
-        rng.fill_bytes(&mut balance_seed);
         let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
         let mut coalescer = Coalescer::new();
         coalescer.merge_udp(config.coalesce_udp);
@@ -153,11 +159,12 @@ impl Engine {
         Self {
             port: config.port,
             link_mtu: config.link_mtu,
-            balance_seed,
+            balance_seed: config.balance_seed,
             capture: vec![0; BUFFER_LEN],
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),
+            knows_directory: false,
             routing: Routing::new(),
             peers: Peers::new(transport, config.port, peer_seed),
             flows: Flows::new(flow_seed),
@@ -183,6 +190,36 @@ impl Engine {
         self.routing.adopt(addresses, now);
     }
 
+    /// A former agent ended without notice and left this in the journal. To be called before any directory and any packet.
+    /// Packets of restored flows are held until the first directory says who their peers are.
+    pub fn restore(&mut self, restored: &Restored, now: Now) {
+        restored.stamp.into_iter().for_each(|stamp| self.peers.transport.raise_stamp(stamp));
+        self.peers.restore(&restored.peers);
+        self.peers.begin_restored(&restored.peers, now);
+        let flows = restored.flows.iter().filter(|(_, flow)| self.own.contains(&flow.tuple.local.0));
+        self.flows.restore(flows.map(|(slot, flow)| (*slot, *flow, now.instant)));
+        journal::counts(&restored.counters)
+            .for_each(|(word, packets)| journal::add_count(&mut self.counters, word, packets));
+        self.settle(now);
+    }
+
+    /// The next change that has to be written before anything is sent or injected.
+    pub fn poll_record(&mut self) -> Option<Record> {
+        if let Some(stamp) = self.peers.transport.poll_stamp() {
+            return Some(Record::Stamp(stamp));
+        }
+        if let Some((slot, address)) = self.peers.poll_live() {
+            return Some(Record::Peer { slot, address });
+        }
+        self.flows.poll_changed().map(|(slot, flow)| Record::Flow { slot, flow })
+    }
+
+    /// Whether no DNS query and no answer is under way: the quiet moment for [`Self::export`].
+    #[must_use]
+    pub fn is_dns_idle(&self) -> bool {
+        self.dns.is_idle()
+    }
+
     /// The whole directory, as changes from nothing, for an engine that may know another one: what is not named is removed.
     pub fn handle_whole_directory(&mut self, whole: Vec<Change>, now: Now) {
         let mut changes = self.directory.missing_from(&whole);
@@ -192,6 +229,7 @@ impl Engine {
 
     /// The directory changed. All changes take effect together.
     pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
+        self.knows_directory = true;
         for change in changes {
             match self.directory.apply(change, now) {
                 Effect::WorkloadSet(workload) => {

@@ -8,6 +8,8 @@
 //!
 //! All inbound flows, direct ones too, stand in this one table, so two flows that would become equal after DNAT are
 //! seen: the later gets another source port. Nothing is allocated per packet; the table is capped.
+//!
+//! Slots that changed are noted for the journal: a flow that begins or ends, a direction or TCP flag seen first.
 //! Source: RFC 4787 and RFC 5382 (time-outs), RFC 6146 §3.5.2.2 (TCP states of a translator, simplified).
 
 use std::collections::HashMap;
@@ -15,9 +17,11 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use foldhash::quality::FixedState;
+use serde::{Deserialize, Serialize};
 
 use super::Now;
 use super::drop::DropReason;
+use super::journal::FlowRecord;
 use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 
 /// Most flows per agent; about 128 bytes each.
@@ -39,7 +43,7 @@ const TCP_CLOSED: Duration = Duration::from_secs(60);
 const TCP_RESET: Duration = Duration::from_secs(10);
 
 /// A flow as the pod's stack sees it. Ports are 0 for protocols without.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Tuple {
     /// IP protocol number.
     pub protocol: u8,
@@ -50,7 +54,7 @@ pub struct Tuple {
 }
 
 /// What is done to a flow's packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// Nothing: both sides use pod addresses.
     Direct,
@@ -90,6 +94,8 @@ pub struct Flow {
     pub kind: Kind,
     last_seen: Instant,
     seen: u8,
+    /// Differs from what the journal was told last.
+    changed: bool,
 }
 
 const SEEN_OUT: u8 = 1;
@@ -97,6 +103,8 @@ const SEEN_IN: u8 = 2;
 const FIN_OUT: u8 = 4;
 const FIN_IN: u8 = 8;
 const RESET: u8 = 16;
+/// Every bit of [`FlowRecord::seen`].
+pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET;
 
 /// Which way a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +119,7 @@ impl Flow {
     /// Notes a packet and, for TCP, its flags. A SYN alone opens a new connection on the same ports.
     pub fn touch(&mut self, direction: Direction, tcp_flags: u8, now: Now) {
         self.last_seen = now.instant;
+        let before = self.seen;
         if tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN {
             self.seen = 0;
         }
@@ -125,6 +134,22 @@ impl Flow {
         if tcp_flags & TCP_RST != 0 {
             self.seen |= RESET;
         }
+        self.changed |= self.seen != before;
+    }
+
+    fn new(tuple: Tuple, peer: IpAddr, kind: Kind, now: Now) -> Self {
+        Self { tuple, peer, kind, last_seen: now.instant, seen: 0, changed: true }
+    }
+
+    fn record(&self) -> FlowRecord {
+        FlowRecord { tuple: self.tuple, peer: self.peer, kind: self.kind, seen: self.seen }
+    }
+
+    /// What the network sees of a server flow.
+    fn wire(&self) -> Option<Tuple> {
+        let Kind::Server { service, client_port } = self.kind else { return None };
+        let remote = (self.tuple.remote.0, client_port);
+        Some(Tuple { protocol: self.tuple.protocol, local: service, remote })
     }
 
     /// Whether packets were seen in both directions.
@@ -167,6 +192,11 @@ pub struct Flows {
     /// Server flows by what is on the wire: local = (VIP, port), remote = the client's own address and port.
     by_wire: HashMap<Tuple, u32, FixedState>,
     cursor: usize,
+    /// The slot handed out last: whether its flow changed is seen at the next access.
+    lent: Option<u32>,
+    /// Slots that the journal has to be told of, each once, and whether a slot is among them.
+    changes: Vec<u32>,
+    is_noted: Vec<bool>,
 }
 
 impl Flows {
@@ -180,6 +210,9 @@ impl Flows {
             by_tuple: HashMap::with_hasher(state.clone()),
             by_wire: HashMap::with_hasher(state),
             cursor: 0,
+            lent: None,
+            changes: Vec::new(),
+            is_noted: Vec::new(),
         }
     }
 
@@ -198,13 +231,94 @@ impl Flows {
     /// The flow that the pod sees as `tuple`.
     pub fn get(&mut self, tuple: &Tuple) -> Option<&mut Flow> {
         let slot = *self.by_tuple.get(tuple)?;
-        self.slots[slot as usize].as_mut()
+        self.lend(slot)
     }
 
     /// The server flow that the network sees as `wire` (local = VIP and port, remote = client).
     pub fn get_by_wire(&mut self, wire: &Tuple) -> Option<&mut Flow> {
         let slot = *self.by_wire.get(wire)?;
+        self.lend(slot)
+    }
+
+    fn lend(&mut self, slot: u32) -> Option<&mut Flow> {
+        self.note_lent();
+        self.lent = Some(slot);
         self.slots[slot as usize].as_mut()
+    }
+
+    fn note_lent(&mut self) {
+        let Some(slot) = self.lent.take() else { return };
+        if self.slots[slot as usize].as_mut().is_some_and(|flow| std::mem::take(&mut flow.changed)) {
+            self.note(slot);
+        }
+    }
+
+    fn note(&mut self, slot: u32) {
+        if let Some(noted) = self.is_noted.get_mut(slot as usize)
+            && !std::mem::replace(noted, true)
+        {
+            self.changes.push(slot);
+        }
+    }
+
+    /// The next slot whose content is not what it was when this was called last.
+    pub fn poll_changed(&mut self) -> Option<(u32, Option<FlowRecord>)> {
+        self.note_lent();
+        let slot = self.changes.pop()?;
+        self.is_noted[slot as usize] = false;
+        Some((slot, self.slots[slot as usize].as_ref().map(Flow::record)))
+    }
+
+    /// Every flow with its slot and the time since its last packet.
+    pub(super) fn export(&self, now: Now) -> impl Iterator<Item = (u32, FlowRecord, Duration)> {
+        let idle = move |flow: &Flow| now.instant.saturating_duration_since(flow.last_seen);
+        (0..).zip(&self.slots).filter_map(move |(slot, flow)| {
+            let flow = flow.as_ref()?;
+            Some((slot, flow.record(), idle(flow)))
+        })
+    }
+
+    /// Puts flows of a former agent back into the slots they had, last seen at the times given. What cannot be, and what
+    /// contradicts an earlier one, is left out.
+    pub(super) fn restore(&mut self, flows: impl IntoIterator<Item = (u32, FlowRecord, Instant)>) {
+        for (slot, record, last_seen) in flows {
+            if slot as usize >= MAX_FLOWS {
+                continue;
+            }
+            if self.slots.len() <= slot as usize {
+                self.slots.resize(slot as usize + 1, None);
+                self.is_noted.resize(slot as usize + 1, false);
+            }
+            let FlowRecord { tuple, peer, kind, seen } = record;
+            let flow = Flow { tuple, peer, kind, last_seen, seen, changed: false };
+            let wire = flow.wire();
+            let contradicts = self.slots[slot as usize].is_some()
+                || self.by_tuple.contains_key(&tuple)
+                || wire.is_some_and(|wire| self.by_wire.contains_key(&wire));
+            if contradicts || !record.is_valid() {
+                self.note(slot);
+                continue;
+            }
+            self.by_tuple.insert(tuple, slot);
+            wire.into_iter().for_each(|wire| {
+                self.by_wire.insert(wire, slot);
+            });
+            self.slots[slot as usize] = Some(flow);
+        }
+        let free = (0..).zip(&self.slots).filter(|(_, flow)| flow.is_none());
+        self.free = free.map(|(slot, _)| slot).collect();
+    }
+
+    /// The journal has to be told of every flow again.
+    pub(super) fn note_all(&mut self) {
+        for slot in (0..)
+            .zip(&self.slots)
+            .filter(|(_, flow)| flow.is_some())
+            .map(|(slot, _)| slot)
+            .collect::<Vec<_>>()
+        {
+            self.note(slot);
+        }
     }
 
     /// Adds a flow that does not change ports: direct or client.
@@ -218,7 +332,7 @@ impl Flows {
         kind: Kind,
         now: Now,
     ) -> Result<&mut Flow, DropReason> {
-        self.put(Flow { tuple, peer, kind, last_seen: now.instant, seen: 0 }, None)
+        self.put(Flow::new(tuple, peer, kind, now))
     }
 
     /// Adds an inbound flow that the network sees as `wire` and the pod shall see at its own `target`. Keeps the
@@ -237,7 +351,7 @@ impl Flows {
             .free_tuple(Tuple { protocol: wire.protocol, local: target, remote: wire.remote })
             .ok_or(DropReason::FlowTableFull)?;
         let kind = Kind::Server { service: wire.local, client_port: wire.remote.1 };
-        self.put(Flow { tuple, peer, kind, last_seen: now.instant, seen: 0 }, Some(wire))
+        self.put(Flow::new(tuple, peer, kind, now))
     }
 
     /// Adds both entries of a hairpin: `out` as the client side of the pod sees it, `target` = our own address and port.
@@ -255,9 +369,9 @@ impl Flows {
             .free_tuple(Tuple { protocol: out.protocol, local: target, remote: (vip, out.local.1) })
             .ok_or(DropReason::FlowTableFull)?;
         let kind = Kind::HairpinBack { service_port, client_port: out.local.1 };
-        self.put(Flow { tuple: back, peer: target.0, kind, last_seen: now.instant, seen: 0 }, None)?;
+        self.put(Flow::new(back, target.0, kind, now))?;
         let kind = Kind::HairpinOut { target: target.1, alias: back.remote.1 };
-        self.put(Flow { tuple: out, peer: target.0, kind, last_seen: now.instant, seen: 0 }, None)
+        self.put(Flow::new(out, target.0, kind, now))
     }
 
     fn free_tuple(&self, wanted: Tuple) -> Option<Tuple> {
@@ -270,7 +384,7 @@ impl Flows {
             .find(|tuple| !self.by_tuple.contains_key(tuple))
     }
 
-    fn put(&mut self, flow: Flow, wire: Option<Tuple>) -> Result<&mut Flow, DropReason> {
+    fn put(&mut self, flow: Flow) -> Result<&mut Flow, DropReason> {
         if let Some(&old) = self.by_tuple.get(&flow.tuple) {
             self.remove(old);
         }
@@ -278,14 +392,17 @@ impl Flows {
             Some(slot) => slot,
             None if self.slots.len() < MAX_FLOWS => {
                 self.slots.push(None);
+                self.is_noted.push(false);
                 u32::try_from(self.slots.len() - 1).expect("MAX_FLOWS fits u32")
             }
             None => self.evict().ok_or(DropReason::FlowTableFull)?,
         };
         self.by_tuple.insert(flow.tuple, slot);
-        if let Some(wire) = wire {
+        if let Some(wire) = flow.wire() {
             self.by_wire.insert(wire, slot);
         }
+        self.note_lent();
+        self.lent = Some(slot);
         Ok(self.slots[slot as usize].insert(flow))
     }
 
@@ -304,15 +421,11 @@ impl Flows {
     fn remove(&mut self, slot: u32) {
         let Some(flow) = self.slots[slot as usize].take() else { return };
         self.by_tuple.remove(&flow.tuple);
-        if let Kind::Server { service, client_port } = flow.kind {
-            let wire = Tuple {
-                protocol: flow.tuple.protocol,
-                local: service,
-                remote: (flow.tuple.remote.0, client_port),
-            };
+        if let Some(wire) = flow.wire() {
             self.by_wire.remove(&wire);
         }
         self.free.push(slot);
+        self.note(slot);
     }
 
     /// Forgets the flow that the pod sees as `tuple`.

@@ -198,6 +198,9 @@ impl Engine {
                 flow.touch(Direction::Outbound, flags, now);
                 return Ok(route_of(flow.kind, flow.peer, tuple));
             }
+            if !self.knows_directory {
+                return Ok(Route::Unknown);
+            }
             if tuple.protocol == protocol::TCP && !opens {
                 return Err(DropReason::PeerGone);
             }
@@ -373,6 +376,18 @@ impl FragmentTable {
 
     pub(super) fn get(&self, packet: &Packet) -> Option<Route> {
         self.routes.get(&key(packet)?).map(|(_, route)| *route)
+    }
+
+    /// Every entry with the end of its life, for a successor.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&FragmentKey, &(Instant, Route))> {
+        self.routes.iter()
+    }
+
+    /// Puts back what a former agent remembered for `remaining` from `then` on.
+    pub(super) fn restore(&mut self, key: FragmentKey, then: Instant, remaining: Duration, route: Route) {
+        if self.routes.len() < FRAGMENTS {
+            self.routes.insert(key, (then + remaining.min(FRAGMENT_LIFE), route));
+        }
     }
 
     pub(super) fn sweep(&mut self, now: Now) {

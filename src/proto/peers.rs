@@ -2,6 +2,7 @@
 //!
 //! A packet for a peer without a session is staged (128 per peer, 3 s each) while the handshake runs. What the time
 //! catches up with is answered with an ICMP error by the engine: an application learns at once that nobody is there.
+//! Peers with a session are noted for the journal; those of a former agent get a handshake as soon as they are named.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -9,12 +10,14 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use foldhash::quality::FixedState;
+use serde::{Deserialize, Serialize};
 
 use super::Now;
 use super::directory::Workload;
 use super::drop::{Counters, DropReason};
+use super::journal::LivePeers;
 use super::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
-use super::noise::{Event, PeerConfig, PeerId, Transport};
+use super::noise::{Event, PeerConfig, PeerId, PeerState, Transport};
 use crate::wire::segment::Split;
 
 /// Packets staged per peer.
@@ -77,6 +80,18 @@ impl Transmits {
         if self.queue.is_empty() { 0 } else { self.arena.len() }
     }
 
+    /// Queues what a former agent had no time to send.
+    pub(super) fn send_on(&mut self, to: SocketAddr, records: &[u8], segment: usize) {
+        if records.is_empty() || segment == 0 || records.len() > 2 * MAX_TRAIN {
+            return;
+        }
+        let arena = self.arena();
+        let start = arena.len();
+        arena.extend_from_slice(records);
+        let end = arena.len();
+        self.queue.push_back((to, start..end, segment));
+    }
+
     /// The next send.
     pub fn poll(&mut self) -> Option<Transmit<'_>> {
         let (to, range, segment) = self.queue.pop_front()?;
@@ -88,6 +103,35 @@ struct Staged {
     until: Instant,
     records: Vec<u8>,
     split: Split,
+}
+
+/// A peer with its sessions and its staged packets, for a successor.
+#[derive(Serialize, Deserialize)]
+pub(super) struct PeerHandover {
+    address: IpAddr,
+    transport: PeerState,
+    staged: Vec<StagedHandover>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StagedHandover {
+    remaining: Duration,
+    records: Vec<u8>,
+    record_len: usize,
+    last_len: usize,
+    count: usize,
+}
+
+impl StagedHandover {
+    /// `None` where the lengths contradict one another.
+    fn import(self, then: Instant) -> Option<Staged> {
+        let Self { remaining, records, record_len, last_len, count } = self;
+        let least = RECORD_HEADER + RECORD_TAG;
+        let whole = count.checked_sub(1)?.checked_mul(record_len)?.checked_add(last_len)?;
+        let fits = whole == records.len() && count <= STAGED && least <= last_len && last_len <= record_len;
+        let split = Split { record_len, last_len, count };
+        fits.then(|| Staged { until: then + remaining.min(STAGED_LIFE), records, split })
+    }
 }
 
 struct Peer {
@@ -106,6 +150,7 @@ pub struct Peers {
     /// Peers with staged packets.
     waiting: BTreeMap<PeerId, Instant>,
     staged: usize,
+    live: LivePeers,
 }
 
 impl Peers {
@@ -120,22 +165,109 @@ impl Peers {
             by_id: HashMap::with_hasher(state),
             waiting: BTreeMap::new(),
             staged: 0,
+            live: LivePeers::default(),
+        }
+    }
+
+    /// A former agent had sessions with these peers, each in its slot of the list.
+    pub(super) fn restore(&mut self, live: &[(u32, IpAddr)]) {
+        live.iter().for_each(|(slot, address)| self.live.restore(*slot, *address));
+    }
+
+    /// Begins handshakes with those of them that the directory has named already.
+    pub(super) fn begin_restored(&mut self, live: &[(u32, IpAddr)], now: Now) {
+        for (_, address) in live {
+            if let Some(&id) = self.by_address.get(address)
+                && self.live.take_wanted(*address)
+            {
+                self.transport.begin(id, now);
+            }
+        }
+    }
+
+    /// The list of live peers, with the slot of each.
+    pub(super) fn live(&self) -> Vec<(u32, IpAddr)> {
+        self.live.iter().collect()
+    }
+
+    /// The journal has to be told of every live peer again.
+    pub(super) fn note_all(&mut self) {
+        self.live.note_all();
+    }
+
+    /// The next slot of the list of live peers that changed.
+    pub(super) fn poll_live(&mut self) -> Option<(u32, Option<IpAddr>)> {
+        self.live.poll()
+    }
+
+    /// Takes every session and every staged packet out, for a successor.
+    pub(super) fn export(&mut self, now: Now) -> Vec<PeerHandover> {
+        let Self { transport, by_id, .. } = self;
+        let staged = |old: Staged| StagedHandover {
+            remaining: old.until.saturating_duration_since(now.instant),
+            record_len: old.split.record_len,
+            last_len: old.split.last_len,
+            count: old.split.count,
+            records: old.records,
+        };
+        let peers = by_id.iter_mut().filter_map(|(id, peer)| {
+            let transport = transport.export(*id, now)?;
+            Some(PeerHandover {
+                address: peer.address,
+                transport,
+                staged: std::mem::take(&mut peer.staged).into_iter().map(staged).collect(),
+            })
+        });
+        peers.collect()
+    }
+
+    /// Goes on with what a former agent exported at `then`; what the directory does not name is left out.
+    pub(super) fn import(
+        &mut self,
+        peers: Vec<PeerHandover>,
+        transmits: &mut Transmits,
+        then: Instant,
+        now: Now,
+        counters: &mut Counters,
+    ) {
+        for PeerHandover { address, transport, staged } in peers {
+            let Some(&id) = self.by_address.get(&address) else {
+                let packets = staged.iter().map(|old| old.count.min(STAGED) as u64).sum();
+                counters.drop_many(DropReason::PeerGone, packets);
+                continue;
+            };
+            let wanted = self.live.take_wanted(address);
+            if self.transport.import(id, transport, then, now) {
+                self.live.insert(address);
+            } else if wanted {
+                self.transport.begin(id, now);
+            }
+            for old in staged.into_iter().filter_map(|old| old.import(then)) {
+                let start = transmits.arena().len();
+                transmits.arena.extend_from_slice(&old.records);
+                self.send_or_stage(address, transmits, start, old.split, old.until, now, counters);
+            }
         }
     }
 
     /// Adds a workload, or replaces its keys; returns how many staged packets went with the old ones.
     pub fn set(&mut self, workload: Workload, now: Now) -> usize {
+        let wanted = self.live.take_wanted(workload.address);
         let staged = self.remove(workload.address);
         let Workload { address, keys, accept } = workload;
         let id = self.transport.add_peer(PeerConfig { address, port: self.port, keys, accept }, now);
         self.by_address.insert(address, id);
         self.by_id.insert(id, Peer { address, staged: VecDeque::new(), packets: 0 });
+        if wanted {
+            self.transport.begin(id, now);
+        }
         staged
     }
 
     /// Forgets a workload, its sessions and its staged packets; returns how many packets those were.
     pub fn remove(&mut self, address: IpAddr) -> usize {
         let Some(id) = self.by_address.remove(&address) else { return 0 };
+        self.live.remove(address);
         self.transport.remove_peer(id);
         self.waiting.remove(&id);
         let dropped = self.by_id.remove(&id).map_or(0, |peer| peer.packets);
@@ -166,6 +298,20 @@ impl Peers {
         now: Now,
         counters: &mut Counters,
     ) {
+        self.send_or_stage(to, transmits, start, split, now.instant + STAGED_LIFE, now, counters);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "`send` with the end of the wait")]
+    fn send_or_stage(
+        &mut self,
+        to: IpAddr,
+        transmits: &mut Transmits,
+        start: usize,
+        split: Split,
+        until: Instant,
+        now: Now,
+        counters: &mut Counters,
+    ) {
         let Some(&id) = self.by_address.get(&to) else {
             transmits.arena.truncate(start);
             counters.drop_many(DropReason::PeerGone, split.count as u64);
@@ -192,7 +338,6 @@ impl Peers {
         if peer.packets + split.count > STAGED || self.staged + split.count > STAGED_TOTAL {
             counters.drop_many(DropReason::QueueFull, split.count as u64);
         } else {
-            let until = now.instant + STAGED_LIFE;
             peer.packets += split.count;
             self.staged += split.count;
             peer.staged.push_back(Staged { until, records: transmits.arena[start..].to_vec(), split });
@@ -204,8 +349,18 @@ impl Peers {
     /// Sends what was staged for peers whose session became ready.
     pub fn flush(&mut self, transmits: &mut Transmits, now: Now, counters: &mut Counters) {
         while let Some(event) = self.transport.poll_event() {
-            let Event::Established(id) = event else { continue };
+            let id = match event {
+                Event::Established(id) => id,
+                Event::Expired(id) => {
+                    if let Some(address) = self.address(id) {
+                        self.live.remove(address);
+                    }
+                    continue;
+                }
+                Event::Silent(_) => continue,
+            };
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
+            self.live.insert(peer.address);
             let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
             self.staged -= std::mem::take(&mut peer.packets);
             self.waiting.remove(&id);

@@ -14,6 +14,8 @@ use super::routing::Batch;
 use super::{Config, Engine, Now, test_start};
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
+mod survival;
+
 const PORT: u16 = 51820;
 
 fn ip(text: &str) -> IpAddr {
@@ -54,6 +56,22 @@ fn vip(address: &str, endpoints: &[&str]) -> Change {
     Change::SetVip(Vip { address: ip(address), ports, client_ip_affinity: false })
 }
 
+fn engine(seed: u8, own: &[IpAddr]) -> Engine {
+    Engine::new(Config {
+        identities: own.iter().map(|a| Identity { address: *a, secret: secret(*a) }).collect(),
+        port: PORT,
+        resolvers: vec![ip(RESOLVER)],
+        zone: Some("shop.svc.cluster.local.".parse().unwrap()),
+        link_mtu: 1450,
+        seed: [seed; 32],
+        balance_seed: [seed; 16],
+        options: Options::default(),
+        coalesce: true,
+        coalesce_udp: true,
+        dns_gate: true,
+    })
+}
+
 struct Node {
     engine: Engine,
     own: Vec<IpAddr>,
@@ -74,18 +92,7 @@ impl Network {
         let now = Now { instant: test_start(), wall: Duration::from_secs(1_700_000_000) };
         let nodes = pods.iter().enumerate().map(|(n, addresses)| {
             let own: Vec<IpAddr> = addresses.iter().map(|a| ip(a)).collect();
-            let engine = Engine::new(Config {
-                identities: own.iter().map(|a| Identity { address: *a, secret: secret(*a) }).collect(),
-                port: PORT,
-                resolvers: vec![ip(RESOLVER)],
-                zone: Some("shop.svc.cluster.local.".parse().unwrap()),
-                link_mtu: 1450,
-                seed: [u8::try_from(n).unwrap(); 32],
-                options: Options::default(),
-                coalesce: true,
-                coalesce_udp: true,
-                dns_gate: true,
-            });
+            let engine = engine(u8::try_from(n).unwrap(), &own);
             Node { engine, own, inbox: Vec::new(), batches: Vec::new(), applies: true }
         });
         Self { nodes: nodes.collect(), now, wire: Vec::new() }

@@ -1,8 +1,9 @@
-//! What kind of namespace a descriptor is, and the number that the kernel gave it.
+//! What kind of namespace a descriptor is, and the name of a network namespace that is never used again.
 //!
-//! Source: `ioctl_ns(2)`, `socket(7)`.
-#![expect(unsafe_code, reason = "nix and rustix have no safe call for this request")]
+//! Source: `ioctl_ns(2)`; SO_NETNS_COOKIE of asm-generic/socket.h (Linux 5.14).
+#![expect(unsafe_code, reason = "nix and rustix have no safe call for these requests")]
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sched::CloneFlags;
@@ -28,39 +29,44 @@ pub fn is_network_namespace(fd: impl AsFd) -> nix::Result<bool> {
     Ok(kind == CloneFlags::CLONE_NEWNET.bits())
 }
 
-/// The kernel's number of the network namespace that `socket` belongs to: not used again before the next boot.
+/// The cookie of the network namespace that `socket` was made in: unique until the next boot, unlike an inode number.
 ///
 /// # Errors
 ///
-/// ENOPROTOOPT before Linux 5.14.
-pub fn cookie(socket: impl AsFd) -> std::io::Result<u64> {
+/// Not a socket, or a kernel before 5.14.
+pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     let mut cookie = 0_u64;
-    let mut length = libc::socklen_t::try_from(size_of_val(&cookie)).expect("eight");
-    // SAFETY: the descriptor is open for the length of the call; both pointers lead to objects that outlive it, and the
-    // kernel writes at most `length` bytes, the size of `cookie`, in which every pattern of bits is valid.
-    let got = unsafe {
+    let mut len: libc::socklen_t = 8;
+    // SAFETY: the descriptor is open for the length of the call; the value is 8 bytes long, `len` says so, and both
+    // outlive the call. The kernel writes at most `len` bytes, and any 8 bytes are a valid u64.
+    let failed = unsafe {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_NETNS_COOKIE,
             (&raw mut cookie).cast(),
-            &raw mut length,
+            &raw mut len,
         )
     };
-    if got == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
+    match (failed, len) {
+        (0, 8) => Ok(cookie),
+        (0, _) => Err(io::Error::other("a cookie of another length")),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::net::UdpSocket;
 
     use super::*;
 
     #[test]
-    fn sockets_of_one_namespace_have_one_cookie() {
-        let socket = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        let first = cookie(socket()).unwrap();
-        assert!(first != 0 && first == cookie(socket()).unwrap());
+    fn sockets_of_one_namespace_have_one_cookie_and_a_file_has_none() {
+        let [one, two] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let found = cookie(&one).unwrap();
+        assert!(found != 0 && cookie(&two).unwrap() == found);
         assert!(cookie(File::open("/dev/null").unwrap()).is_err());
     }
 

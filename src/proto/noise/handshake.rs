@@ -36,7 +36,7 @@ pub(super) type Ephemeral = Zeroizing<[u8; 32]>;
 
 /// A handshake time stamp; later stamps compare greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Tai64n([u8; 12]);
+pub(super) struct Tai64n(pub(super) [u8; 12]);
 
 impl Tai64n {
     /// The stamp of a time since the Unix epoch.

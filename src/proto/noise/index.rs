@@ -96,6 +96,17 @@ impl IndexTable {
         }
     }
 
+    /// Gives `owner` an index that a former agent drew; `false` if it is taken.
+    pub(super) fn adopt(&mut self, index: ReceiverIndex, owner: PeerId) -> bool {
+        match self.owners.entry(index.0) {
+            Entry::Vacant(entry) => {
+                entry.insert(owner);
+                true
+            }
+            Entry::Occupied(_) => false,
+        }
+    }
+
     pub(super) fn remove(&mut self, index: ReceiverIndex) {
         self.owners.remove(&index.0);
     }

@@ -10,6 +10,7 @@
 //! | `session`, `replay` | sealing and opening; previous, current and next session |
 //! | `peer`, `timers` | when a session is made, renewed, erased |
 //! | `kept` | initiations of keys that the directory does not know yet |
+//! | `handover` | what a successor goes on with |
 //! | `index`, `shared` | names of peers and sessions; what all peers share |
 //!
 //! Decisions beside the paper: early retries are closer together (`constants`). When two initiations cross, both sides
@@ -20,6 +21,7 @@
 //! Source: WireGuard paper, sections 5 and 6.
 
 mod constants;
+mod handover;
 mod handshake;
 mod index;
 mod kept;
@@ -41,6 +43,7 @@ use std::time::{Duration, Instant};
 use rand_chacha::ChaCha20Rng;
 
 pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
+pub use handover::PeerState;
 pub use index::PeerId;
 pub use keys::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
 
@@ -81,7 +84,7 @@ pub struct PeerConfig {
 
 impl PeerConfig {
     /// The static keys that the peer may be met with.
-    fn publics(&self) -> impl Iterator<Item = PublicKey> {
+    pub(super) fn publics(&self) -> impl Iterator<Item = PublicKey> {
         [&self.keys].into_iter().chain(&self.accept).map(|keys| keys.public)
     }
 }
@@ -157,7 +160,7 @@ pub enum Event {
     Established(PeerId),
     /// Nobody answered since a session was wanted. Comes again for each later [`Transport::begin`] without an answer.
     Silent(PeerId),
-    /// The last session reached its hard limit.
+    /// There is no session any more, or the attempt to make the first one ended.
     Expired(PeerId),
 }
 
@@ -250,6 +253,39 @@ impl Transport {
     /// The session to seal a burst of data with, if there is one. Starts a handshake when it is time to rekey.
     pub fn seal(&mut self, peer: PeerId, now: Now) -> Option<Sealer<'_>> {
         self.peers.get_mut(peer)?.seal(&mut self.shared, now)
+    }
+
+    /// Every handshake stamp from now on is later than `floor`, which a former agent sent.
+    pub fn raise_stamp(&mut self, floor: Duration) {
+        self.shared.raise_stamp(floor);
+    }
+
+    /// The greatest handshake stamp sent or restored, since the Unix epoch.
+    #[must_use]
+    pub fn last_stamp(&self) -> Option<Duration> {
+        self.shared.last_stamp()
+    }
+
+    /// The greatest handshake stamp, if a message that bears a new one was made since the last call.
+    pub fn poll_stamp(&mut self) -> Option<Duration> {
+        self.shared.poll_stamp()
+    }
+
+    /// Takes the sessions of `peer` out, for a successor: nothing is sealed for it here any more.
+    pub fn export(&mut self, peer: PeerId, now: Now) -> Option<PeerState> {
+        Some(self.peers.get_mut(peer)?.export(now))
+    }
+
+    /// Goes on with the sessions that a former agent exported at the moment `then`. Returns whether one still lives.
+    pub fn import(&mut self, peer: PeerId, state: PeerState, then: Instant, now: Now) -> bool {
+        let Some(peer) = self.peers.get_mut(peer) else { return false };
+        peer.import(state, then, &mut self.shared, now);
+        peer.has_session()
+    }
+
+    /// Puts a message that a former agent had no time to send behind what is to be sent.
+    pub fn send_on(&mut self, to: SocketAddr, message: Vec<u8>) {
+        self.shared.transmits.push_back((to, message));
     }
 
     /// Takes one datagram from the network and opens it in place.

@@ -4,6 +4,7 @@
 //!   seen from the receiving side), the no-reply timer. All start an [`Attempt`]: an initiation, retries, an end
 //! - getting one: `answer` (we respond; the peer's first message confirms) or `finish` (the peer responded)
 //! - losing one: the hard limit
+//! - handing all of them to a successor: `export`, `import`
 //!
 //! Nothing here changes before the message that causes it is authenticated.
 //! Source: WireGuard paper sections 6.1 to 6.5.
@@ -15,6 +16,7 @@ use super::constants::{
     CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT, RESPONSE_LEN,
     TAG_LEN,
 };
+use super::handover::{PeerState, SessionState, after, before};
 use super::handshake::{Consumed, Initiator, Mac1Key, SessionKeys, Tai64n};
 use super::index::{PeerId, ReceiverIndex};
 use super::session::{Keypairs, Role, Session};
@@ -79,6 +81,74 @@ impl Peer {
             last_consumed: None,
             another_keepalive: false,
         }
+    }
+
+    /// What a successor goes on with. Nothing can be sealed here any more.
+    pub(super) fn export(&mut self, now: Now) -> PeerState {
+        let now = now.instant;
+        let Keypairs { previous, current, next, superseded } = std::mem::take(&mut self.keypairs);
+        let state = |session: Option<Box<Session>>| session.map(|session| session.export(now));
+        PeerState {
+            public: self.config.keys.public,
+            endpoint: self.endpoint,
+            previous: state(previous),
+            current: state(current),
+            next: state(next),
+            superseded,
+            greatest_stamp: self.greatest_stamp.map(|stamp| stamp.0),
+            since_consumed: self.last_consumed.map(|last| now.saturating_duration_since(last)),
+            attempts: self.attempt.is_some(),
+            keepalive: self.timers.remaining(Timer::Keepalive, now),
+            another_keepalive: self.another_keepalive,
+            no_reply: self.timers.remaining(Timer::NoReply, now),
+            silent: self.timers.remaining(Timer::Silent, now),
+        }
+    }
+
+    /// Goes on where a former agent stopped at `then`. Sessions with another key than one of the directory's are left out.
+    pub(super) fn import(&mut self, state: PeerState, then: Instant, shared: &mut Shared, now: Now) {
+        if !self.config.publics().any(|public| public == state.public) {
+            return;
+        }
+        if shared.options.roaming {
+            self.endpoint = state.endpoint;
+        }
+        self.greatest_stamp = self.greatest_stamp.max(state.greatest_stamp.map(Tai64n));
+        self.last_consumed = state.since_consumed.and_then(|age| before(then, age)).or(self.last_consumed);
+        // What this agent has made itself meanwhile is newer.
+        if !self.has_session() {
+            let mut session = |state: Option<SessionState>| {
+                let session = Session::import(state?, shared.options.reject_after_messages, then)?;
+                let lives = session.age(now.instant) < shared.options.reject_after;
+                (lives && shared.indices.adopt(session.local, self.id)).then(|| Box::new(session))
+            };
+            self.keypairs = Keypairs {
+                previous: session(state.previous),
+                current: session(state.current),
+                next: session(state.next),
+                superseded: state.superseded,
+            };
+            self.another_keepalive = state.another_keepalive;
+        }
+        if self.has_session() {
+            self.plan_expiry(shared);
+            let timers = [(Timer::Keepalive, state.keepalive), (Timer::NoReply, state.no_reply)];
+            for (timer, remaining) in timers {
+                remaining.into_iter().for_each(|remaining| self.timers.set(timer, after(then, remaining)));
+            }
+        }
+        if state.attempts {
+            self.start_attempt(shared, now);
+            if let Some(remaining) = state.silent {
+                self.timers.set_if_unset(Timer::Silent, after(then, remaining));
+            }
+        }
+        self.reschedule(shared);
+    }
+
+    /// Whether there is a session, were it only one that the peer has yet to confirm.
+    pub(super) fn has_session(&self) -> bool {
+        self.keypairs.iter().next().is_some()
     }
 
     /// Every receiver index in use.
@@ -283,6 +353,9 @@ impl Peer {
             self.timers.clear(Timer::Silent);
             shared.events.push_back(Event::Silent(self.id));
         }
+        if !self.has_session() {
+            shared.events.push_back(Event::Expired(self.id));
+        }
     }
 
     fn end_attempt(&mut self, shared: &mut Shared) {
@@ -344,7 +417,7 @@ impl Peer {
             shared.retire(session);
         }
         self.plan_expiry(shared);
-        if self.keypairs.iter().next().is_none() {
+        if !self.has_session() {
             self.timers.clear(Timer::Keepalive);
             self.timers.clear(Timer::NoReply);
             shared.events.push_back(Event::Expired(self.id));

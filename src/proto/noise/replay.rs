@@ -5,6 +5,7 @@
 //! Source: RFC 6479.
 
 use super::constants::REPLAY_WINDOW;
+use super::handover::WindowState;
 
 const BLOCKS: u64 = REPLAY_WINDOW / 64 + 1;
 #[expect(clippy::cast_possible_truncation, reason = "129")]
@@ -21,6 +22,15 @@ impl ReplayWindow {
     /// A window that has seen nothing.
     pub(super) const fn new() -> Self {
         Self { next: 0, ring: [0; RING] }
+    }
+
+    pub(super) fn export(&self) -> WindowState {
+        WindowState { next: self.next, ring: self.ring.to_vec() }
+    }
+
+    /// The window that was exported; `None` where it has another shape.
+    pub(super) fn import(state: &WindowState) -> Option<Self> {
+        Some(Self { next: state.next, ring: state.ring.as_slice().try_into().ok()? })
     }
 
     /// Whether `counter` is inside or ahead of the window and was not accepted yet.

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::aead::{Aad, LessSafeKey};
 
 use super::constants::{HEADER_LEN, TAG_LEN, TYPE_DATA};
+use super::handover::{SessionState, TransportKey, before};
 use super::handshake::{SessionKeys, index_at};
 use super::index::ReceiverIndex;
 use super::replay::ReplayWindow;
@@ -35,6 +36,8 @@ pub(super) struct Session {
     remote: ReceiverIndex,
     sealing: LessSafeKey,
     opening: LessSafeKey,
+    /// The same two keys, for a successor.
+    raw: [TransportKey; 2],
     next_counter: u64,
     reject_after_messages: u64,
     replay: ReplayWindow,
@@ -62,10 +65,43 @@ impl Session {
             remote: keys.remote,
             sealing: chacha20poly1305(&keys.sealing),
             opening: chacha20poly1305(&keys.opening),
+            raw: [TransportKey(*keys.sealing), TransportKey(*keys.opening)],
             next_counter: 0,
             reject_after_messages,
             replay: ReplayWindow::new(),
         }
+    }
+
+    /// What a successor goes on with; the caller drops the session, which wipes its keys where they are.
+    pub(super) fn export(&self, now: Instant) -> SessionState {
+        let [sealing, opening] = self.raw.clone();
+        SessionState {
+            local: self.local.to_wire(),
+            remote: self.remote.to_wire(),
+            is_initiator: self.role == Role::Initiator,
+            age: self.age(now),
+            sealing,
+            opening,
+            next_counter: self.next_counter,
+            replay: self.replay.export(),
+        }
+    }
+
+    /// The session that was exported at `then`; `None` where it cannot be one.
+    pub(super) fn import(state: SessionState, reject_after_messages: u64, then: Instant) -> Option<Self> {
+        let SessionState { sealing, opening, .. } = state;
+        Some(Self {
+            local: ReceiverIndex::from_wire(state.local),
+            role: if state.is_initiator { Role::Initiator } else { Role::Responder },
+            created: before(then, state.age)?,
+            remote: ReceiverIndex::from_wire(state.remote),
+            sealing: chacha20poly1305(&sealing.0),
+            opening: chacha20poly1305(&opening.0),
+            raw: [sealing, opening],
+            next_counter: state.next_counter,
+            reject_after_messages,
+            replay: ReplayWindow::import(&state.replay)?,
+        })
     }
 
     pub(super) fn age(&self, now: Instant) -> Duration {
@@ -144,7 +180,7 @@ pub(super) struct Keypairs {
     pub(super) current: Option<Box<Session>>,
     pub(super) next: Option<Box<Session>>,
     /// `current` is newer than `next`, which therefore opens but never becomes current.
-    superseded: bool,
+    pub(super) superseded: bool,
 }
 
 impl Keypairs {

@@ -33,6 +33,8 @@ pub(super) struct Shared {
     pub(super) transmits: VecDeque<(SocketAddr, Vec<u8>)>,
     pub(super) events: VecDeque<Event>,
     last_stamp: Option<Duration>,
+    /// `last_stamp` rose since it was polled last.
+    stamp_rose: bool,
 }
 
 impl Shared {
@@ -47,6 +49,7 @@ impl Shared {
             transmits: VecDeque::new(),
             events: VecDeque::new(),
             last_stamp: None,
+            stamp_rose: false,
         }
     }
 
@@ -62,11 +65,26 @@ impl Shared {
     /// The time stamp for an initiation: later than every one before, also when the wall clock went back.
     pub(super) fn stamp(&mut self, now: Now) -> Tai64n {
         let stamp = match self.last_stamp {
-            Some(last) => now.wall.max(last + Duration::from_nanos(1)),
+            Some(last) => now.wall.max(last.saturating_add(Duration::from_nanos(1))),
             None => now.wall,
         };
         self.last_stamp = Some(stamp);
+        self.stamp_rose = true;
         Tai64n::from_unix(stamp)
+    }
+
+    /// Every stamp from now on is later than `floor`.
+    pub(super) fn raise_stamp(&mut self, floor: Duration) {
+        self.last_stamp = self.last_stamp.max(Some(floor));
+    }
+
+    pub(super) fn last_stamp(&self) -> Option<Duration> {
+        self.last_stamp
+    }
+
+    /// The greatest stamp given out, if it rose since the last call.
+    pub(super) fn poll_stamp(&mut self) -> Option<Duration> {
+        std::mem::take(&mut self.stamp_rose).then_some(self.last_stamp).flatten()
     }
 
     /// Refuses a time stamp too far in the future.

@@ -4,7 +4,7 @@
 //! later than the earliest entry of any table: moving a timer back, which traffic does all the time, leaves it alone.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::index::PeerId;
 
@@ -45,6 +45,11 @@ impl Timers {
 
     pub(super) fn clear(&mut self, timer: Timer) {
         self.0[timer as usize] = None;
+    }
+
+    /// How long until `timer` falls due, if it is set.
+    pub(super) fn remaining(&self, timer: Timer, now: Instant) -> Option<Duration> {
+        self.0[timer as usize].map(|at| at.saturating_duration_since(now))
     }
 
     pub(super) fn is_set(&self, timer: Timer) -> bool {
