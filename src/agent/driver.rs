@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -17,13 +18,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tracing::{debug, info, warn};
 
-use super::applier::Applier;
+use super::applier::{Applied, Applier, Checked, Done};
 use super::control::{AgentChannel, FromAgent, Received, ToAgent};
 use super::dns::{Answer, Queries, Streams, listener};
 use super::neighbour::ArpResponder;
 use super::raw_socket::RawInjector;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
+use super::watch::{TamperCounts, Watch};
 use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now};
@@ -44,11 +46,12 @@ const EDGES: EpollFlags =
 
 /// What the loop needs; made by the agent's bring-up.
 pub(super) struct Kernel {
-    pub(super) tun: Tun,
+    pub(super) tun: Arc<Tun>,
     /// By own address.
     pub(super) sockets: Vec<(IpAddr, TunnelSocket)>,
     pub(super) raw: Option<RawInjector>,
     pub(super) applier: Applier,
+    pub(super) watch: Watch,
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
@@ -64,6 +67,7 @@ enum Source {
     Helper,
     Listener(usize),
     Arp,
+    Watch,
     Query(QueryId),
     Stream(StreamId),
 }
@@ -80,12 +84,19 @@ pub(super) struct Driver {
     changes: Vec<Change>,
     generation: Option<u64>,
     ready: bool,
+    /// None after `tenc0` was lost, until there is a new one.
+    tun_token: Option<u64>,
+    /// A check was ordered and is not done.
+    checking: bool,
+    tampering: TamperCounts,
 }
 
 /// Why the loop ended.
 pub(super) enum End {
     /// The launcher said so.
     Stop,
+    /// The pod's device was removed from the namespace: the pod is gone.
+    PodLinkGone,
     /// Before it was ready, the kernel refused what it needs.
     Failed(anyhow::Error),
 }
@@ -113,21 +124,23 @@ impl Driver {
             changes: Vec::new(),
             generation: None,
             ready: false,
+            tun_token: None,
+            checking: false,
+            tampering: TamperCounts::default(),
         };
         driver.watch_all().context("watch the agent's descriptors")?;
         Ok(driver)
     }
 
     fn watch_all(&mut self) -> nix::Result<()> {
-        let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![
-            (Source::Tun, self.kernel.tun.as_fd()),
-            (Source::Channel, self.channel.as_fd()),
-            (Source::Applier, self.kernel.applier.as_fd()),
-        ];
+        let mut all: Vec<(Source, BorrowedFd<'_>)> =
+            vec![(Source::Channel, self.channel.as_fd()), (Source::Applier, self.kernel.applier.as_fd())];
         all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.1.as_fd())));
         all.extend(self.kernel.helper.iter().map(|(tun, _)| (Source::Helper, tun.as_fd())));
         all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
         all.extend(self.kernel.arp.iter().map(|arp| (Source::Arp, arp.as_fd())));
+        all.extend(self.kernel.watch.descriptors().map(|fd| (Source::Watch, fd)));
+        self.tun_token = Some(self.sources.add(Source::Tun, self.kernel.tun.as_fd(), EpollFlags::EPOLLIN)?);
         for (source, fd) in all {
             self.sources.add(source, fd, EpollFlags::EPOLLIN)?;
         }
@@ -159,13 +172,19 @@ impl Driver {
                 self.engine.handle_timeout(now);
             }
             self.streams.handle_timeout(now.instant);
+            if !self.checking && self.kernel.watch.take_due(now.instant) {
+                self.checking = true;
+                self.kernel.applier.check();
+            }
             self.drain()?;
             self.report_ready()?;
         }
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let due = [self.engine.poll_timeout(), self.streams.poll_timeout()].into_iter().flatten().min();
+        let check = (!self.checking).then(|| self.kernel.watch.poll_timeout());
+        let due = [self.engine.poll_timeout(), self.streams.poll_timeout(), check];
+        let due = due.into_iter().flatten().min();
         let Some(due) = due else { return EpollTimeout::NONE };
         // Rounded up: waking before a timer is due would only find nothing to do.
         let wait = due.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
@@ -175,6 +194,7 @@ impl Driver {
     fn handle(&mut self, source: Source, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         match source {
             Source::Tun => self.read_tun(now)?,
+            Source::Watch => self.kernel.watch.drain(now.instant),
             Source::Socket(index) => self.read_socket(index, now)?,
             Source::Channel => return self.read_channel(token, now),
             Source::Applier => return Ok(self.read_applied(now)),
@@ -208,7 +228,8 @@ impl Driver {
                 }
                 Err(error) if is_transient(&error) => break,
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    return Err(error).context("read tenc0: the device is gone");
+                    self.lose_tun(now.instant);
+                    break;
                 }
                 // One packet that the kernel cannot describe; it is consumed.
                 Err(error) => {
@@ -306,7 +327,15 @@ impl Driver {
     }
 
     fn read_applied(&mut self, now: Now) -> Option<End> {
-        while let Some(applied) = self.kernel.applier.poll() {
+        while let Some(done) = self.kernel.applier.poll() {
+            let applied: Applied = match done {
+                Done::Applied(applied) => applied,
+                Done::Checked(checked) if checked.pod_link_gone => return Some(End::PodLinkGone),
+                Done::Checked(checked) => {
+                    self.handle_checked(checked, now);
+                    continue;
+                }
+            };
             let ok = applied.outcome.is_ok();
             if let Err(error) = applied.outcome {
                 if !self.ready {
@@ -317,6 +346,44 @@ impl Driver {
             self.engine.handle_applied(applied.id, ok, now);
         }
         None
+    }
+
+    fn handle_checked(&mut self, checked: Checked, now: Now) {
+        self.checking = false;
+        if let Some(mtu) = checked.link_mtu {
+            self.engine.set_link_mtu(mtu);
+        }
+        for kind in &checked.repaired {
+            warn!(kind = kind.as_str(), "tampering repaired");
+        }
+        for kind in self.tampering.record(&checked.repaired, &checked.standing) {
+            warn!(kind = kind.as_str(), "tampering that stays");
+        }
+        if let Some(tun) = checked.new_tun {
+            self.replace_tun(tun, now.instant);
+        }
+    }
+
+    /// The descriptor is dead: it is not asked again; the check makes a new device.
+    fn lose_tun(&mut self, now: Instant) {
+        if let Some(token) = self.tun_token.take() {
+            // A descriptor that cannot be forgotten is closed when it is replaced.
+            let _ = self.sources.epoll.delete(&self.kernel.tun);
+            self.sources.remove(token);
+        }
+        self.kernel.watch.note(now);
+    }
+
+    /// Reads and writes another `tenc0` from now on.
+    fn replace_tun(&mut self, tun: Arc<Tun>, now: Instant) {
+        self.lose_tun(now);
+        self.kernel.tun = tun;
+        match self.sources.add(Source::Tun, self.kernel.tun.as_fd(), EpollFlags::EPOLLIN) {
+            Ok(token) => self.tun_token = Some(token),
+            // Nothing is read any more: closed.
+            Err(error) => warn!(%error, "cannot watch the new tenc0"),
+        }
+        // TunReplaced: the launcher's duplicate of the old descriptor is to be exchanged for this one.
     }
 
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
@@ -426,7 +493,8 @@ impl Driver {
             match taken {
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    return Err(error).context("write tenc0: the device is gone");
+                    refused += packet.parts.len() as u64;
+                    self.kernel.watch.note(Instant::now());
                 }
                 Err(error) => {
                     debug!(%error, "packet not injected");

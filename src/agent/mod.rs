@@ -15,6 +15,8 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use hickory_proto::rr::Name;
@@ -33,8 +35,9 @@ mod privileges;
 pub mod raw_socket;
 pub mod tun;
 pub mod udp;
+pub mod watch;
 
-use applier::{Applier, RouteFacts};
+use applier::{Applier, Facts};
 use control::{AgentChannel, FromAgent, Init, Inject, Received, ToAgent};
 use dns::Queries;
 use driver::{Driver, End, Kernel};
@@ -44,6 +47,7 @@ use netlink::{Capture, Netlink};
 use raw_socket::RawInjector;
 use tun::Tun;
 use udp::TunnelSocket;
+use watch::Watch;
 
 use crate::proto::mtu::tun_mtu;
 use crate::proto::noise::{Identity, Options};
@@ -93,6 +97,11 @@ pub fn run(channel: OwnedFd) -> anyhow::Result<ExitKind> {
             let _ = channel.send(&FromAgent::Stopped, &[]);
             Ok(ExitKind::Stopped)
         }
+        End::PodLinkGone => {
+            report(&engine);
+            let _ = channel.send(&FromAgent::Stopped, &[]);
+            Ok(ExitKind::Stopped)
+        }
         End::Failed(error) => Ok(fail(&channel, removed, &error)),
     }
 }
@@ -112,7 +121,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
     }
     let stale = netlink.protected()?;
     let arp = arp_responder(&mut netlink, &own);
-    let tun = Tun::open()?;
+    let tun = Arc::new(Tun::open()?);
     *opened = true;
     netlink.set_up_tun(tun::NAME, tun_mtu(init.link_mtu, &own))?;
     let capture = Capture {
@@ -126,11 +135,12 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
         Inject::Auto | Inject::Tun => None,
         Inject::Raw => Some(RawInjector::open().context("open raw sockets for injection")?),
     };
+    let watch = Watch::open([netlink.port(), guard.port()], Instant::now()).context("watch for tampering")?;
     privileges::drop_all_but_network().context("give up privileges")?;
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
     let mut engine_seed = [0; 32];
     rng.fill_bytes(&mut engine_seed);
-    let facts = RouteFacts { own, link_mtu: init.link_mtu };
+    let facts = Facts { capture, link_mtu: init.link_mtu, tun: Arc::clone(&tun), stale: stale.clone() };
     let mut descriptors = descriptors.into_iter();
     let mut engine = Engine::new(Config {
         identities: init
@@ -154,6 +164,7 @@ fn bring_up(init: &Init, descriptors: Vec<OwnedFd>, opened: &mut bool) -> anyhow
         sockets,
         raw,
         applier: Applier::start(guard, netlink, facts)?,
+        watch,
         helper: descriptors.next().map(|tun| (tun, descriptors.collect())),
         arp,
         queries: Queries::new(dns_ports, held, rng),
