@@ -1,8 +1,12 @@
 //! The control thread: puts the engine's route batches into the kernel, in order, while packets go on.
 //!
-//! One thread, blocking netlink sockets, one batch at a time: for an address to be protected first its guard element,
-//! then its route; to be released the other way round. The driver is woken through an eventfd when a batch is done.
+//! One thread, blocking netlink sockets, one order at a time: a batch ([`Kernel::apply`]: for an address to be protected
+//! first its guard element, then its route; to be released the other way round), or a check ([`Kernel::check`]: compares
+//! the kernel with what was applied, repairs, says what it found). The driver is woken through an eventfd when one is done.
+//!
+//! A check, in the order in which things depend on each other: guard, links, `tenc0`, addresses, rules, routes.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -11,11 +15,29 @@ use std::thread::JoinHandle;
 
 use anyhow::Context as _;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use tracing::debug;
 
 use super::guard::Guard;
-use super::netlink::{Netlink, ProtectedRoute};
-use crate::proto::mtu::inner_mtu;
+use super::netlink::{Capture, Link, Netlink, ProtectedRoute, TX_QUEUE_LEN, Wanted};
+use super::tun::{self, Tun};
+use super::watch::Tampering;
+use crate::proto::mtu::{inner_mtu, tun_mtu};
 use crate::proto::routing::{Batch, BatchId, RouteChange};
+
+/// What the thread is to do.
+enum Order {
+    Apply(Batch),
+    Check,
+    GuardLoaded,
+}
+
+/// What the thread has done.
+pub(super) enum Done {
+    /// A batch.
+    Applied(Applied),
+    /// A check.
+    Checked(Checked),
+}
 
 /// A finished batch, or why it could not be.
 pub(super) struct Applied {
@@ -23,46 +45,83 @@ pub(super) struct Applied {
     pub(super) outcome: anyhow::Result<()>,
 }
 
+/// What a check found.
+#[derive(Debug, Default)]
+pub(super) struct Checked {
+    /// Put right.
+    pub(super) repaired: Vec<Tampering>,
+    /// Beyond the agent's power, or not its to change.
+    pub(super) standing: Vec<Tampering>,
+    /// `tenc0` had to be made again: the driver reads this one from now on.
+    pub(super) new_tun: Option<Arc<Tun>>,
+    /// The pod's link has this MTU now.
+    pub(super) link_mtu: Option<u32>,
+    /// The pod's device is gone from this namespace, and with it the namespace's use.
+    pub(super) pod_link_gone: bool,
+}
+
 /// The driver's handle on the thread.
 pub(super) struct Applier {
-    batches: Option<Sender<Batch>>,
-    applied: Receiver<Applied>,
+    orders: Option<Sender<Order>>,
+    done: Receiver<Done>,
     event: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a protected route depends on.
-#[derive(Clone)]
-pub(super) struct RouteFacts {
-    /// Our own addresses.
-    pub(super) own: Vec<IpAddr>,
+/// What routes, rules and `tenc0` depend on.
+pub(super) struct Facts {
+    /// Own addresses, and what the rules capture.
+    pub(super) capture: Capture,
     /// MTU of the pod's link.
     pub(super) link_mtu: u32,
+    /// The driver reads the same one.
+    pub(super) tun: Arc<Tun>,
+    /// Addresses that a former agent left routes for.
+    pub(super) stale: Vec<IpAddr>,
 }
 
 impl Applier {
-    /// Starts the thread in the calling thread's namespace.
+    /// Starts the thread in the calling thread's namespace, with `tenc0` and the rules in place.
     ///
     /// # Errors
-    /// No eventfd, or no thread.
-    pub(super) fn start(guard: Guard, netlink: Netlink, facts: RouteFacts) -> anyhow::Result<Self> {
+    /// No eventfd, no thread, or the kernel does not show its devices.
+    pub(super) fn start(guard: Guard, mut netlink: Netlink, facts: Facts) -> anyhow::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?;
         let event = Arc::new(event);
-        let (batches, inbox) = channel::<Batch>();
-        let (outbox, applied) = channel();
+        let (orders, inbox) = channel::<Order>();
+        let (outbox, done) = channel();
         let wake = Arc::clone(&event);
-        let mut kernel = Kernel { guard, netlink, facts };
+        let tun_index = netlink.link(tun::NAME)?.index;
+        let addresses = netlink.addresses()?;
+        let own = &facts.capture.own;
+        let pod_index = addresses.iter().find(|a| own.contains(&a.address)).map(|a| a.index);
+        let mut kernel = Kernel {
+            guard,
+            netlink,
+            tun_index,
+            pod_index,
+            known: addresses.into_iter().map(|a| (a.index, a.address)).collect(),
+            held: facts.stale.iter().map(|to| (*to, Held::Adopted)).collect(),
+            facts,
+        };
         let thread = std::thread::Builder::new().name("applier".into()).spawn(move || {
-            for batch in inbox {
-                let outcome = kernel.apply(&batch.changes);
-                if outbox.send(Applied { id: batch.id, outcome }).is_err() || wake.write(1).is_err() {
+            for order in inbox {
+                let done = match order {
+                    Order::Apply(batch) => {
+                        let outcome = kernel.apply(&batch.changes);
+                        Done::Applied(Applied { id: batch.id, outcome })
+                    }
+                    Order::Check => Done::Checked(kernel.check()),
+                    Order::GuardLoaded => Done::Checked(kernel.guard_loaded()),
+                };
+                if outbox.send(done).is_err() || wake.write(1).is_err() {
                     return;
                 }
             }
         });
         Ok(Self {
-            batches: Some(batches),
-            applied,
+            orders: Some(orders),
+            done,
             event,
             thread: Some(thread.context("start the control thread")?),
         })
@@ -70,21 +129,36 @@ impl Applier {
 
     /// Hands over a batch.
     pub(super) fn submit(&self, batch: Batch) {
-        if let Some(batches) = &self.batches {
-            // The thread ends only after this sender; a batch lost in between is never applied: closed.
-            let _ = batches.send(batch);
+        // A batch lost is never applied: closed.
+        self.order(Order::Apply(batch));
+    }
+
+    /// Orders a check; its outcome comes as [`Done::Checked`].
+    pub(super) fn check(&self) {
+        self.order(Order::Check);
+    }
+
+    /// The launcher loaded the guard's skeleton again: its sets are filled, its rules taken for the right ones.
+    pub(super) fn guard_loaded(&self) {
+        self.order(Order::GuardLoaded);
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // The thread ends only after this sender.
+            let _ = orders.send(order);
         }
     }
 
-    /// The next finished batch.
-    pub(super) fn poll(&self) -> Option<Applied> {
+    /// What was finished next.
+    pub(super) fn poll(&self) -> Option<Done> {
         let _ = self.event.read();
-        self.applied.try_recv().ok()
+        self.done.try_recv().ok()
     }
 
     /// Waits for what was handed over, and ends the thread.
     pub(super) fn finish(mut self) {
-        self.batches = None;
+        self.orders = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -97,10 +171,24 @@ impl AsFd for Applier {
     }
 }
 
+/// What was applied last to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Protect,
+    Prohibit,
+    /// By a former agent, who knows what.
+    Adopted,
+}
+
 struct Kernel {
     guard: Guard,
     netlink: Netlink,
-    facts: RouteFacts,
+    facts: Facts,
+    held: BTreeMap<IpAddr, Held>,
+    tun_index: u32,
+    pod_index: Option<u32>,
+    /// Addresses of the namespace that were there when the agent came, by device.
+    known: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Kernel {
@@ -108,16 +196,22 @@ impl Kernel {
         crate::fault::delay_netlink();
         for run in changes.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
             let addresses: Vec<IpAddr> = run.iter().map(RouteChange::address).collect();
+            // What is wanted is noted first: a change that fails half-way is completed by the next check.
             match run[0] {
                 RouteChange::Protect(_) => {
+                    self.held.extend(addresses.iter().map(|to| (*to, Held::Protect)));
                     self.guard.add(&addresses)?;
                     let routes: Vec<_> = addresses.iter().filter_map(|to| self.route(*to)).collect();
                     self.netlink.protect(&routes)?;
                 }
-                RouteChange::Prohibit(_) => self.netlink.prohibit(&self.routed(&addresses))?,
+                RouteChange::Prohibit(_) => {
+                    self.held.extend(addresses.iter().map(|to| (*to, Held::Prohibit)));
+                    self.netlink.prohibit(&self.routed(&addresses))?;
+                }
                 RouteChange::Release(_) => {
                     self.netlink.unprotect(&self.routed(&addresses))?;
                     self.guard.remove(&addresses)?;
+                    self.held.retain(|to, _| !addresses.contains(to));
                 }
             }
         }
@@ -131,7 +225,208 @@ impl Kernel {
 
     /// None: an address of a family that we do not have; its guard element alone keeps it closed.
     fn route(&self, to: IpAddr) -> Option<ProtectedRoute> {
-        let own = *self.facts.own.iter().find(|own| own.is_ipv4() == to.is_ipv4())?;
+        let own = *self.facts.capture.own.iter().find(|own| own.is_ipv4() == to.is_ipv4())?;
         Some(ProtectedRoute { to, own, mtu: inner_mtu(self.facts.link_mtu, to) })
+    }
+
+    /// Compares everything, repairs what can be repaired. What the kernel refuses stands.
+    fn check(&mut self) -> Checked {
+        let mut checked = Checked::default();
+        let steps: [fn(&mut Self, &mut Checked) -> anyhow::Result<()>; 5] = [
+            Self::check_guard,
+            Self::check_links,
+            Self::check_addresses,
+            Self::check_rules,
+            Self::check_routes,
+        ];
+        for step in steps {
+            if let Err(error) = step(self, &mut checked) {
+                debug!(error = format!("{error:#}"), "not repaired");
+                checked.standing.push(Tampering::Unrepaired);
+            }
+        }
+        for found in [&mut checked.repaired, &mut checked.standing] {
+            found.sort_unstable();
+            found.dedup();
+        }
+        checked
+    }
+
+    fn check_guard(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        let wanted: BTreeSet<IpAddr> = self.held.keys().copied().collect();
+        match self.guard.check(&wanted)? {
+            None => {}
+            Some(Tampering::GuardElement) => {
+                self.refill()?;
+                checked.repaired.push(Tampering::GuardElement);
+            }
+            // The skeleton is the launcher's to load; the sets that are left are kept right.
+            Some(other) => {
+                checked.standing.push(other);
+                if other == Tampering::GuardRules && !self.guard.holds(&wanted)? {
+                    self.refill()?;
+                    checked.repaired.push(Tampering::GuardElement);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn refill(&mut self) -> anyhow::Result<()> {
+        let all: Vec<IpAddr> = self.held.keys().copied().collect();
+        Ok(self.guard.refill(&all)?)
+    }
+
+    fn guard_loaded(&mut self) -> Checked {
+        let loaded = self.guard.accept().map_err(Into::into).and_then(|()| self.refill());
+        if let Err(error) = loaded {
+            debug!(error = format!("{error:#}"), "guard not filled");
+        }
+        self.check()
+    }
+
+    fn check_links(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        let links = self.netlink.links()?;
+        match self.pod_index.map(|index| links.iter().find(|link| link.index == index)) {
+            None => {}
+            Some(None) => checked.pod_link_gone = true,
+            Some(Some(link)) => {
+                if !link.up {
+                    checked.standing.push(Tampering::LinkDown);
+                }
+                if link.mtu != self.facts.link_mtu {
+                    self.facts.link_mtu = link.mtu;
+                    checked.link_mtu = Some(link.mtu);
+                    checked.repaired.push(Tampering::LinkMtu);
+                    self.set_up_tun_and_routes(&links)?;
+                }
+            }
+        }
+        let ours = links.iter().find(|link| link.index == self.tun_index && link.tun);
+        let mtu = tun_mtu(self.facts.link_mtu, &self.facts.capture.own);
+        match ours {
+            Some(link) if link.name == tun::NAME && self.facts.tun.is_attached() => {
+                if checked.link_mtu.is_some() {
+                    return Ok(());
+                }
+                let wrong = [
+                    (!link.up, Tampering::TunDown),
+                    (link.mtu != mtu, Tampering::TunMtu),
+                    (link.queue != TX_QUEUE_LEN, Tampering::TunQueue),
+                ];
+                let wrong: Vec<_> = wrong.into_iter().filter_map(|(is, kind)| is.then_some(kind)).collect();
+                if !wrong.is_empty() {
+                    self.netlink.set_up_tun(tun::NAME, mtu)?;
+                    checked.repaired.extend(wrong);
+                }
+            }
+            other => {
+                let kind = match other {
+                    Some(link) if link.name != tun::NAME => Tampering::TunRenamed,
+                    _ if self.facts.tun.is_attached() => Tampering::TunMoved,
+                    _ => Tampering::TunDeleted,
+                };
+                self.replace_tun(other, mtu, kind, checked)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `tenc0` again. What becomes of the old one: `left` is it, where it is still here.
+    fn replace_tun(
+        &mut self,
+        left: Option<&Link>,
+        mtu: u32,
+        kind: Tampering,
+        checked: &mut Checked,
+    ) -> anyhow::Result<()> {
+        // The old device goes with its last descriptor, wherever it is.
+        self.facts.tun.let_go();
+        if let Some(link) = left {
+            self.netlink.delete_link(link.index)?;
+        }
+        let tun = match Tun::open() {
+            Ok(tun) => Arc::new(tun),
+            Err(tun::Error::Foreign(_) | tun::Error::Busy(_)) => {
+                checked.standing.extend([kind, Tampering::TunForeign]);
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.netlink.set_up_tun(tun::NAME, mtu)?;
+        self.tun_index = self.netlink.link(tun::NAME)?.index;
+        self.facts.tun = Arc::clone(&tun);
+        checked.new_tun = Some(tun);
+        checked.repaired.push(kind);
+        Ok(())
+    }
+
+    /// A new MTU: downwards the routes first, so that nothing too long is made; the device's own limit follows.
+    fn set_up_tun_and_routes(&mut self, links: &[Link]) -> anyhow::Result<()> {
+        if !links.iter().any(|link| link.index == self.tun_index && link.name == tun::NAME) {
+            return Ok(());
+        }
+        let protected = self.held.iter().filter(|(_, held)| **held == Held::Protect);
+        let routes: Vec<_> = protected.filter_map(|(to, _)| self.route(*to)).collect();
+        self.netlink.protect(&routes)?;
+        self.netlink.set_up_tun(tun::NAME, tun_mtu(self.facts.link_mtu, &self.facts.capture.own))?;
+        Ok(())
+    }
+
+    /// Addresses are never adopted, added or removed by the agent.
+    fn check_addresses(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        let found = self.netlink.addresses()?;
+        if self.facts.capture.own.iter().any(|own| !found.iter().any(|a| a.address == *own)) {
+            checked.standing.push(Tampering::OwnAddressGone);
+        }
+        if found.iter().any(|a| a.index == self.tun_index) {
+            checked.standing.push(Tampering::TunAddress);
+        }
+        let added = found.iter().any(|a| {
+            Some(a.index) == self.pod_index
+                && !self.known.contains(&(a.index, a.address))
+                && !self.facts.capture.own.contains(&a.address)
+        });
+        if added {
+            checked.standing.push(Tampering::AddressAdded);
+        }
+        Ok(())
+    }
+
+    fn check_rules(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        let (repaired, standing) = self.netlink.check_rules(&self.facts.capture)?;
+        checked.repaired.extend(repaired);
+        checked.standing.extend(standing);
+        Ok(())
+    }
+
+    fn check_routes(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        // Without its device no route can be put; the twins keep it closed.
+        if checked.standing.contains(&Tampering::TunForeign) {
+            return Ok(());
+        }
+        let own = &self.facts.capture.own;
+        let gone = self.netlink.addresses()?;
+        let own: Vec<IpAddr> =
+            own.iter().copied().filter(|own| gone.iter().any(|a| a.address == *own)).collect();
+        let wanted = self.held.iter().filter_map(|(to, held)| {
+            let route = self.route(*to)?;
+            Some((
+                *to,
+                match held {
+                    // A source that is not ours now cannot be preferred: the route comes back with the address.
+                    Held::Protect if !own.contains(&route.own) => Wanted::Twin,
+                    Held::Protect => Wanted::Protect { own: route.own, mtu: route.mtu },
+                    Held::Prohibit => Wanted::Prohibit,
+                    Held::Adopted => Wanted::Any,
+                },
+            ))
+        });
+        let wanted: BTreeMap<_, _> = wanted.collect();
+        let all = &self.facts.capture.own;
+        let (repaired, standing) = self.netlink.check_routes(self.tun_index, all, &own, &wanted)?;
+        checked.repaired.extend(repaired);
+        checked.standing.extend(standing);
+        Ok(())
     }
 }

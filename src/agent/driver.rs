@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -20,7 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tracing::{debug, info, warn};
 
-use super::applier::Applier;
+use super::applier::{Applied, Applier, Checked, Done};
 use super::control::{self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION};
 use super::dns::{Answer, Queries, Streams, listener};
 use super::handover;
@@ -30,6 +31,7 @@ use super::raw_socket::RawInjector;
 use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
+use super::watch::{TamperCounts, Watch};
 use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now};
@@ -55,11 +57,12 @@ const EDGES: EpollFlags =
 /// What the loop needs; made by the agent's bring-up.
 pub(super) struct Kernel {
     pub(super) state: StateFile,
-    pub(super) tun: Tun,
+    pub(super) tun: Arc<Tun>,
     /// By own address.
     pub(super) sockets: Vec<(IpAddr, TunnelSocket)>,
     pub(super) raw: Option<RawInjector>,
     pub(super) applier: Applier,
+    pub(super) watch: Watch,
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
@@ -100,6 +103,7 @@ enum Source {
     Helper,
     Listener(usize),
     Arp,
+    Watch,
     Query(QueryId),
     Stream(StreamId),
 }
@@ -125,6 +129,11 @@ pub(super) struct Driver {
     look_at: Option<Instant>,
     /// The launcher ordered to hand over: until when DNS answers are waited for.
     hand_over_by: Option<Instant>,
+    /// None after `tenc0` was lost, until there is a new one.
+    tun_token: Option<u64>,
+    /// A check was ordered and is not done.
+    checking: bool,
+    tampering: TamperCounts,
 }
 
 /// Why the loop ended.
@@ -168,6 +177,9 @@ impl Driver {
             reading: false,
             look_at: None,
             hand_over_by: None,
+            tun_token: None,
+            checking: false,
+            tampering: TamperCounts::default(),
         };
         driver.watch_control().context("watch the agent's descriptors")?;
         Ok(driver)
@@ -182,12 +194,17 @@ impl Driver {
         if let Some(arp) = &self.kernel.arp {
             self.sources.add(Source::Arp, arp.as_fd(), EpollFlags::EPOLLIN)?;
         }
+        for fd in self.kernel.watch.descriptors() {
+            self.sources.add(Source::Watch, fd, EpollFlags::EPOLLIN)?;
+        }
         Ok(())
     }
 
     /// From here on packets are read: what waited in the kernel first.
     fn start_reading(&mut self) -> anyhow::Result<()> {
-        let mut all: Vec<(Source, BorrowedFd<'_>)> = vec![(Source::Tun, self.kernel.tun.as_fd())];
+        let token = self.sources.add(Source::Tun, self.kernel.tun.as_fd(), EpollFlags::EPOLLIN);
+        self.tun_token = Some(token.context("watch tenc0")?);
+        let mut all: Vec<(Source, BorrowedFd<'_>)> = Vec::new();
         all.extend(self.kernel.sockets.iter().enumerate().map(|(i, s)| (Source::Socket(i), s.1.as_fd())));
         all.extend(self.kernel.helper.iter().map(|(tun, _)| (Source::Helper, tun.as_fd())));
         all.extend(self.listeners.iter().enumerate().map(|(i, l)| (Source::Listener(i), l.as_fd())));
@@ -223,6 +240,11 @@ impl Driver {
                 self.engine.handle_timeout(now);
             }
             self.streams.handle_timeout(now.instant);
+            if !self.checking && self.ready && !self.session.parked && self.kernel.watch.take_due(now.instant)
+            {
+                self.checking = true;
+                self.kernel.applier.check();
+            }
             self.drain()?;
             self.report_ready()?;
             if let Some(end) = self.end_if_due(now.instant)? {
@@ -246,7 +268,10 @@ impl Driver {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let own = [self.engine.poll_timeout(), self.streams.poll_timeout(), self.look_at, self.hand_over_by];
+        let checks = !self.checking && self.ready && !self.session.parked;
+        let check = checks.then(|| self.kernel.watch.poll_timeout());
+        let own =
+            [self.engine.poll_timeout(), self.streams.poll_timeout(), check, self.look_at, self.hand_over_by];
         let due = own.into_iter().flatten().min();
         let Some(due) = due else { return EpollTimeout::NONE };
         // Rounded up: waking before a timer is due would only find nothing to do.
@@ -257,6 +282,7 @@ impl Driver {
     fn handle(&mut self, source: Source, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         match source {
             Source::Tun => self.read_tun(now)?,
+            Source::Watch => self.kernel.watch.drain(now.instant),
             Source::Socket(index) => self.read_socket(index, now)?,
             Source::Launchers => self.accept_launcher(token)?,
             Source::Channel => return self.read_channel(token, now),
@@ -291,7 +317,8 @@ impl Driver {
                 }
                 Err(error) if is_transient(&error) => break,
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    return Err(error).context("read tenc0: the device is gone");
+                    self.lose_tun(now.instant);
+                    break;
                 }
                 // One packet that the kernel cannot describe; it is consumed.
                 Err(error) => {
@@ -389,7 +416,18 @@ impl Driver {
     }
 
     fn read_applied(&mut self, now: Now) -> Option<End> {
-        while let Some(applied) = self.kernel.applier.poll() {
+        while let Some(done) = self.kernel.applier.poll() {
+            let applied: Applied = match done {
+                Done::Applied(applied) => applied,
+                Done::Checked(checked) if checked.pod_link_gone => {
+                    self.session.tell(&FromAgent::LinkGone, &[]);
+                    return Some(End::NamespaceGone);
+                }
+                Done::Checked(checked) => {
+                    self.handle_checked(checked, now);
+                    continue;
+                }
+            };
             let ok = applied.outcome.is_ok();
             if let Err(error) = applied.outcome {
                 if !self.ready {
@@ -400,6 +438,49 @@ impl Driver {
             self.engine.handle_applied(applied.id, ok, now);
         }
         None
+    }
+
+    fn handle_checked(&mut self, checked: Checked, now: Now) {
+        self.checking = false;
+        if let Some(mtu) = checked.link_mtu {
+            self.engine.set_link_mtu(mtu);
+        }
+        for kind in &checked.repaired {
+            warn!(kind = kind.as_str(), "tampering repaired");
+        }
+        for kind in self.tampering.record(&checked.repaired, &checked.standing) {
+            warn!(kind = kind.as_str(), "tampering that stays");
+        }
+        // Asked for at every check until it helps; the checks keep the pace.
+        if checked.standing.iter().any(|kind| kind.needs_reload()) {
+            self.session.tell(&FromAgent::GuardLost, &[]);
+        }
+        if let Some(tun) = checked.new_tun {
+            self.replace_tun(tun, now.instant);
+        }
+    }
+
+    /// The descriptor is dead: it is not asked again; the check makes a new device.
+    fn lose_tun(&mut self, now: Instant) {
+        if let Some(token) = self.tun_token.take() {
+            // A descriptor that cannot be forgotten is closed when it is replaced.
+            let _ = self.sources.epoll.delete(&self.kernel.tun);
+            self.sources.remove(token);
+        }
+        self.kernel.watch.note(now);
+    }
+
+    /// Reads and writes another `tenc0` from now on.
+    fn replace_tun(&mut self, tun: Arc<Tun>, now: Instant) {
+        self.lose_tun(now);
+        self.kernel.tun = tun;
+        match self.sources.add(Source::Tun, self.kernel.tun.as_fd(), EpollFlags::EPOLLIN) {
+            Ok(token) => self.tun_token = Some(token),
+            // Nothing is read any more: closed.
+            Err(error) => warn!(%error, "cannot watch the new tenc0"),
+        }
+        // The launcher's duplicate of the old descriptor keeps the old device alive until it has this one.
+        self.session.tell(&FromAgent::TunReplaced, &[self.kernel.tun.as_fd()]);
     }
 
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
@@ -448,7 +529,7 @@ impl Driver {
             }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,
-            ToAgent::GuardLoaded => {}
+            ToAgent::GuardLoaded => self.kernel.applier.guard_loaded(),
             ToAgent::Stop => return Ok(Some(End::Stop)),
         }
         Ok(None)
@@ -597,7 +678,8 @@ impl Driver {
             match taken {
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    return Err(error).context("write tenc0: the device is gone");
+                    refused += packet.parts.len() as u64;
+                    self.kernel.watch.note(Instant::now());
                 }
                 Err(error) => {
                     debug!(%error, "packet not injected");

@@ -6,15 +6,21 @@
 //! 1. one datagram holds a whole transaction: batch begin, one message per set and thousand addresses, batch end
 //! 2. both tables (inet, and netdev where the kernel has egress hooks) change in that one transaction, or none does
 //! 3. the last message asks for an acknowledgement; errors come unasked, each with the number of its message
+//! 4. [`Guard::check`] reads tables, rules and elements back, for the watch; [`Guard::refill`] makes the sets right again
 //!
 //! Source: linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::hash::Hasher as _;
 use std::io;
 use std::net::IpAddr;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::errno::Errno;
+use siphasher::sip::SipHasher13;
+
+use super::watch::Tampering;
 
 /// Name of both tables.
 pub const TABLE: &str = "tencrypt";
@@ -29,19 +35,33 @@ const ELEMENTS_PER_MESSAGE: usize = 1000;
 const SEND_BUFFER: usize = 8 << 20;
 
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const SUBSYSTEM: u16 = 10;
+const NEW_TABLE: u16 = SUBSYSTEM << 8;
 const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
+const GET_CHAIN: u16 = SUBSYSTEM << 8 | 4;
+const GET_RULE: u16 = SUBSYSTEM << 8 | 7;
 const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
+const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
 const DELETE_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
 
 const FLAG_REQUEST: u16 = 1;
 const FLAG_ACK: u16 = 4;
 const FLAG_CREATE: u16 = 0x400;
+const FLAG_DUMP: u16 = 0x300;
 const NESTED: u16 = 0x8000;
 
 const ATTR_TABLE_NAME: u16 = 1;
+const ATTR_TABLE_FLAGS: u16 = 2;
+const ATTR_CHAIN_TABLE: u16 = 1;
+const ATTR_CHAIN_NAME: u16 = 3;
+const ATTR_CHAIN_HOOK: u16 = 4;
+const ATTR_CHAIN_POLICY: u16 = 5;
+const ATTR_RULE_TABLE: u16 = 1;
+const ATTR_RULE_CHAIN: u16 = 2;
+const ATTR_RULE_EXPRESSIONS: u16 = 4;
 const ATTR_LIST_TABLE: u16 = 1;
 const ATTR_LIST_SET: u16 = 2;
 const ATTR_LIST_ELEMENTS: u16 = 3;
@@ -114,6 +134,8 @@ pub struct Guard {
     socket: Socket,
     sequence: u32,
     egress: bool,
+    /// Of tables, chains and rules as they were loaded.
+    fingerprint: u64,
 }
 
 impl Guard {
@@ -128,12 +150,155 @@ impl Guard {
         socket.set_cap_ack(true).map_err(Error::Socket)?;
         // A transaction that does not fit is refused by the kernel, whole; the system's default holds 5,000 addresses.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER);
-        let mut guard = Self { socket, sequence: 0, egress: false };
-        if !guard.has_table(Family::Inet)? {
+        let mut guard = Self { socket, sequence: 0, egress: false, fingerprint: 0 };
+        guard.accept()?;
+        Ok(guard)
+    }
+
+    /// Takes the skeleton as it is now for the one that the launcher loaded.
+    ///
+    /// # Errors
+    /// [`Error::NoTable`] when it is missing.
+    pub fn accept(&mut self) -> Result<(), Error> {
+        if !self.has_table(Family::Inet)? {
             return Err(Error::NoTable);
         }
-        guard.egress = guard.has_table(Family::Netdev)?;
-        Ok(guard)
+        self.egress = self.has_table(Family::Netdev)?;
+        self.fingerprint = self.take_fingerprint()?;
+        Ok(())
+    }
+
+    /// The port number that the kernel tells others our changes by.
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        let mut address = SocketAddr::new(0, 0);
+        // A port of 0 is nobody's: our own changes then count as another's, which costs a check.
+        let _ = self.socket.get_address(&mut address);
+        address.port_number()
+    }
+
+    /// What of the guard is not as loaded, or does not hold exactly `wanted`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub(crate) fn check(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<Option<Tampering>, Error> {
+        if !self.has_table(Family::Inet)? || (self.egress && !self.has_table(Family::Netdev)?) {
+            return Ok(Some(Tampering::GuardTable));
+        }
+        if self.take_fingerprint()? != self.fingerprint {
+            return Ok(Some(Tampering::GuardRules));
+        }
+        Ok((!self.holds(wanted)?).then_some(Tampering::GuardElement))
+    }
+
+    /// Makes the sets hold exactly `addresses`, in one transaction.
+    ///
+    /// # Errors
+    /// See [`Error`]; after one, no set has changed.
+    pub fn refill(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.flush();
+        batch.elements(Change::Add, addresses);
+        self.commit(batch)
+    }
+
+    /// Whether every set holds exactly the addresses of its family among `wanted`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub(crate) fn holds(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<bool, Error> {
+        for family in self.families() {
+            for ipv6 in [false, true] {
+                let set = Set { family: *family, ipv6 };
+                let held = self.elements(set)?;
+                if held.len() != wanted.iter().filter(|a| a.is_ipv6() == ipv6).count()
+                    || !held.iter().all(|address| wanted.contains(address))
+                {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn families(&self) -> &'static [Family] {
+        if self.egress { &[Family::Inet, Family::Netdev] } else { &[Family::Inet] }
+    }
+
+    /// The addresses in a set; none where there is no such set.
+    fn elements(&mut self, set: Set) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut found = BTreeSet::new();
+        let names = [(ATTR_LIST_TABLE, TABLE), (ATTR_LIST_SET, set.name())];
+        self.dump(GET_ELEMENTS, set.family, &names, |message| {
+            let list = attributes(message).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS);
+            let items = list.into_iter().flat_map(|(_, list)| attributes(list));
+            found.extend(items.filter_map(|(_, item)| element(item)));
+        })?;
+        Ok(found)
+    }
+
+    /// What says whether tables, hooks and rules are still those that were loaded: handles and use counts left out.
+    fn take_fingerprint(&mut self) -> Result<u64, Error> {
+        let mut hasher = SipHasher13::new();
+        for family in self.families() {
+            for (kind, name, kept) in [
+                (GET_TABLE, ATTR_TABLE_NAME, &[ATTR_TABLE_NAME, ATTR_TABLE_FLAGS][..]),
+                (GET_CHAIN, ATTR_CHAIN_TABLE, &[ATTR_CHAIN_NAME, ATTR_CHAIN_HOOK, ATTR_CHAIN_POLICY]),
+                (GET_RULE, ATTR_RULE_TABLE, &[ATTR_RULE_CHAIN, ATTR_RULE_EXPRESSIONS]),
+            ] {
+                self.dump(kind, *family, &[(name, TABLE)], |message| {
+                    // The kernel filters rules by table; tables and chains come all.
+                    let ours = |(k, value): (u16, &[u8])| {
+                        k == name && value.strip_suffix(&[0]) == Some(TABLE.as_bytes())
+                    };
+                    if attributes(message).any(ours) {
+                        for (kind, value) in attributes(message).filter(|(kind, _)| kept.contains(kind)) {
+                            hasher.write_u16(kind);
+                            hasher.write_usize(value.len());
+                            hasher.write(value);
+                        }
+                    }
+                })?;
+            }
+        }
+        Ok(hasher.finish())
+    }
+
+    /// Feeds `each` the attributes of every object of a dump.
+    fn dump(
+        &mut self,
+        kind: u16,
+        family: Family,
+        names: &[(u16, &str)],
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), Error> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::new();
+        let start = open_message(&mut bytes, kind, FLAG_REQUEST | FLAG_DUMP, self.sequence, family as u8, 0);
+        for (kind, name) in names {
+            put_string(&mut bytes, *kind, name);
+        }
+        close_message(&mut bytes, start);
+        self.socket.send(&bytes, 0).map_err(Error::Socket)?;
+        loop {
+            let (answer, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
+            for (kind, sequence, payload) in messages(&answer) {
+                match kind {
+                    _ if sequence != self.sequence => {}
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        let code = payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+                        return match Errno::from_raw(-code) {
+                            Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP => Ok(()),
+                            _ => Err(refused(io::Error::from_raw_os_error(-code), Error::Socket)),
+                        };
+                    }
+                    // The object's attributes stand behind the nfgenmsg.
+                    _ if kind >= NEW_TABLE => each(payload.get(4..).unwrap_or_default()),
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Adds `addresses` to the sets; those that are there already are fine.
@@ -263,6 +428,16 @@ impl Batch {
         }
     }
 
+    /// Empties every set.
+    fn flush(&mut self) {
+        for ipv6 in [false, true] {
+            for family in self.families {
+                self.message("empty", DELETE_ELEMENTS, 0, Set { family: *family, ipv6 }, &[]);
+            }
+        }
+    }
+
+    /// Without addresses: one about the whole set.
     fn message(&mut self, operation: &'static str, kind: u16, flags: u16, set: Set, addresses: &[&IpAddr]) {
         let bytes = &mut self.bytes;
         self.messages.push((operation, set));
@@ -271,6 +446,9 @@ impl Batch {
         self.newest = open_message(bytes, kind, FLAG_REQUEST | flags, sequence, set.family as u8, 0);
         put_string(bytes, ATTR_LIST_TABLE, TABLE);
         put_string(bytes, ATTR_LIST_SET, set.name());
+        if addresses.is_empty() {
+            return close_message(bytes, self.newest);
+        }
         let list = open_attribute(bytes, ATTR_LIST_ELEMENTS | NESTED);
         for address in addresses {
             let item = open_attribute(bytes, ATTR_LIST_ITEM | NESTED);
@@ -348,19 +526,45 @@ fn put_string(bytes: &mut Vec<u8>, kind: u16, text: &str) {
 
 /// Number and error code (0, or negative) of each acknowledgement in a datagram from the kernel.
 fn answers(bytes: &[u8]) -> impl Iterator<Item = (u32, i32)> + '_ {
+    messages(bytes)
+        .filter(|(kind, ..)| *kind == NLMSG_ERROR)
+        .filter_map(|(_, sequence, payload)| Some((sequence, i32::from_ne_bytes(*payload.first_chunk()?))))
+}
+
+/// Kind, number and payload of each message in a datagram from the kernel.
+fn messages(bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> + '_ {
     let mut rest = bytes;
     std::iter::from_fn(move || {
-        loop {
-            let length = usize::try_from(u32::from_ne_bytes(*rest.first_chunk()?)).ok()?;
-            let message = rest.get(..length).filter(|m| m.len() >= 16)?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-            let kind = u16::from_ne_bytes(*message[4..].first_chunk()?);
-            let sequence = u32::from_ne_bytes(*message[8..].first_chunk()?);
-            if kind == NLMSG_ERROR {
-                return Some((sequence, i32::from_ne_bytes(*message[16..].first_chunk()?)));
-            }
-        }
+        let length = usize::try_from(u32::from_ne_bytes(*rest.first_chunk()?)).ok()?;
+        let message = rest.get(..length).filter(|m| m.len() >= 16)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let kind = u16::from_ne_bytes(*message[4..].first_chunk()?);
+        let sequence = u32::from_ne_bytes(*message[8..].first_chunk()?);
+        Some((kind, sequence, &message[16..]))
     })
+}
+
+/// Kind (without its flag) and value of each attribute.
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> + '_ {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*rest.first_chunk()?));
+        let attribute = rest.get(..length).filter(|a| a.len() >= 4)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let kind = u16::from_ne_bytes(*attribute[2..].first_chunk()?);
+        Some((kind & !NESTED, &attribute[4..]))
+    })
+}
+
+/// The address of one element of a set.
+fn element(item: &[u8]) -> Option<IpAddr> {
+    let (_, key) = attributes(item).find(|(kind, _)| *kind == ATTR_ELEMENT_KEY)?;
+    let (_, value) = attributes(key).find(|(kind, _)| *kind == ATTR_DATA_VALUE)?;
+    match value.len() {
+        4 => Some(<[u8; 4]>::try_from(value).ok()?.into()),
+        16 => Some(<[u8; 16]>::try_from(value).ok()?.into()),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -429,5 +633,35 @@ mod tests {
         assert_eq!(answers(&error).collect::<Vec<_>>(), [(9, -2)]);
         error[0] = 16;
         assert_eq!(answers(&error).count(), 0);
+    }
+
+    #[test]
+    fn elements_are_read_back_as_they_were_written() {
+        let addresses: Vec<IpAddr> = vec!["10.0.0.3".parse().unwrap(), "10.0.0.4".parse().unwrap()];
+        let mut batch = Batch::new(7, false);
+        batch.elements(Change::Add, &addresses);
+        let (bytes, _) = batch.finish();
+        let (_, _, payload) = messages(&bytes).find(|(kind, ..)| *kind == NEW_ELEMENTS).unwrap();
+        let list = attributes(&payload[4..]).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS).unwrap().1;
+        assert_eq!(attributes(list).filter_map(|(_, item)| element(item)).collect::<Vec<_>>(), addresses);
+    }
+
+    #[test]
+    fn a_refill_empties_and_fills_in_one_transaction() {
+        let mut batch = Batch::new(7, true);
+        batch.flush();
+        batch.elements(Change::Add, &["10.0.0.3".parse().unwrap()]);
+        let (bytes, messages) = batch.finish();
+        let kinds: Vec<_> = lengths(&bytes).iter().map(|(kind, ..)| *kind).collect();
+        let (empty, fill) = (DELETE_ELEMENTS, NEW_ELEMENTS);
+        assert_eq!(kinds, [BATCH_BEGIN, empty, empty, empty, empty, fill, fill, BATCH_END]);
+        assert_eq!(messages.len(), 6);
+    }
+
+    #[test]
+    fn a_cut_off_attribute_ends_the_attributes() {
+        for bytes in [&[][..], &[8], &[8, 0, 1, 0, 1], &[3, 0, 1, 0]] {
+            assert_eq!(attributes(bytes).count(), 0);
+        }
     }
 }

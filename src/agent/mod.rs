@@ -18,7 +18,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use hickory_proto::rr::Name;
@@ -41,8 +42,9 @@ pub mod raw_socket;
 pub mod state;
 pub mod tun;
 pub mod udp;
+pub mod watch;
 
-use applier::{Applier, RouteFacts};
+use applier::{Applier, Facts};
 use control::{AgentChannel, Executable, FromAgent, Init, Inject, Received, ToAgent};
 use dns::Queries;
 use driver::{Driver, End, Kernel, Session};
@@ -54,6 +56,7 @@ use raw_socket::RawInjector;
 use state::StateFile;
 use tun::Tun;
 use udp::TunnelSocket;
+use watch::Watch;
 
 use crate::proto::mtu::tun_mtu;
 use crate::proto::noise::{Identity, Options, StaticSecret};
@@ -204,7 +207,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
     // A descriptor whose device was deleted while nobody read leads nowhere.
     let inherited = carried.tun.and_then(|fd| Tun::inherit(fd).ok());
     let fresh = inherited.is_none() && netlink.link(tun::NAME).is_err();
-    let tun = inherited.map_or_else(Tun::open, Ok)?;
+    let tun = Arc::new(inherited.map_or_else(Tun::open, Ok)?);
     *made = fresh;
     netlink.set_up_tun(tun::NAME, tun_mtu(init.link_mtu, &own))?;
     let capture = Capture {
@@ -218,6 +221,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         Inject::Auto | Inject::Tun => None,
         Inject::Raw => Some(RawInjector::open().context("open raw sockets for injection")?),
     };
+    let watch = Watch::open([netlink.port(), guard.port()], Instant::now()).context("watch for tampering")?;
     privileges::drop_all_but_network().context("give up privileges")?;
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
     let (mut engine_seed, mut balance_seed) = ([0; 32], [0; 16]);
@@ -228,7 +232,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         &state_facts(&own, &sockets)?,
         balance_seed,
     );
-    let facts = RouteFacts { own, link_mtu: init.link_mtu };
+    let facts = Facts { capture, link_mtu: init.link_mtu, tun: Arc::clone(&tun), stale: stale.clone() };
     let mut engine = Engine::new(Config {
         identities: identities(init),
         port: init.port,
@@ -252,6 +256,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         sockets,
         raw,
         applier: Applier::start(guard, netlink, facts)?,
+        watch,
         helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,
         queries: Queries::new(dns_ports, held, rng),

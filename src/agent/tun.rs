@@ -86,6 +86,17 @@ impl Tun {
         self.offloads
     }
 
+    /// Whether the device still exists, be it in another namespace.
+    pub(crate) fn is_attached(&self) -> bool {
+        tun::is_attached(&self.fd)
+    }
+
+    /// The device goes with its last descriptor.
+    pub(crate) fn let_go(&self) {
+        // A device that was deleted has nothing to let go.
+        let _ = tun::set_persistent(&self.fd, false);
+    }
+
     /// Reads one header and the packet or super-packet behind it; `buffer` should hold 10 + 65,535 bytes.
     ///
     /// # Errors

@@ -76,6 +76,8 @@ pub(super) struct Supervisor<'a> {
     start_at: Option<Instant>,
     /// Signs of life that are missing.
     missed: u32,
+    /// The pod's device was deleted.
+    link_gone: bool,
 }
 
 impl<'a> Supervisor<'a> {
@@ -93,6 +95,7 @@ impl<'a> Supervisor<'a> {
             pause: Duration::ZERO,
             start_at: None,
             missed: 0,
+            link_gone: false,
         }
     }
 
@@ -123,6 +126,8 @@ impl<'a> Supervisor<'a> {
         self.agent = Some(agent);
         self.started = Instant::now();
         self.queue = self.plan.whole();
+        // The skeleton may be another build's.
+        self.queue.push_back(ToAgent::GuardLoaded);
         let same = adopted.fingerprint == self.plan.init.fingerprint()
             && executable().is_ok_and(|own| own == adopted.executable);
         if !same {
@@ -203,6 +208,9 @@ impl<'a> Supervisor<'a> {
                     if let Err(error) = self.handle(event).await {
                         return End::Broken(error);
                     }
+                    if self.link_gone {
+                        return End::NamespaceGone;
+                    }
                 }
                 _ = heartbeat.tick() => {
                     if let Err(error) = self.beat().await {
@@ -227,20 +235,18 @@ impl<'a> Supervisor<'a> {
 
     async fn handle(&mut self, event: Result<Event, AgentError>) -> anyhow::Result<()> {
         match event {
-            Ok(Event::Message(message, _)) => self.heard(message).await,
-            Ok(Event::Ended(ended)) => {
-                self.lost(ended);
-                Ok(())
-            }
+            Ok(Event::Message(message, _)) => self.heard(message),
+            Ok(Event::Ended(ended)) => self.lost(ended),
             // Broken, whatever it is: not to be listened to any more.
             Err(error) => {
                 warn!(error = super::process::describe(&error), "the agent is killed and replaced");
-                self.replace().await.context("kill the agent")
+                self.replace().await.context("kill the agent")?;
             }
         }
+        Ok(())
     }
 
-    async fn heard(&mut self, message: FromAgent) -> anyhow::Result<()> {
+    fn heard(&mut self, message: FromAgent) {
         self.missed = 0;
         match message {
             FromAgent::Ready { generation, .. } => {
@@ -252,24 +258,23 @@ impl<'a> Supervisor<'a> {
                 self.ready_by = None;
             }
             FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
-            FromAgent::GuardLost => self.load_guard()?,
+            FromAgent::GuardLost => self.load_guard(),
+            FromAgent::LinkGone => self.link_gone = true,
             FromAgent::Hello { .. }
             | FromAgent::Pong
             | FromAgent::TunReplaced
             | FromAgent::HandedOver
             | FromAgent::Stopped => {}
         }
-        Ok(())
     }
 
     /// The guard's skeleton is loaded again; the agent refills its sets.
-    fn load_guard(&mut self) -> anyhow::Result<()> {
+    fn load_guard(&mut self) {
         match guard::load(&self.plan.netns_fd, &self.plan.skeleton) {
             Ok(_) => self.queue.push_back(ToAgent::GuardLoaded),
             // It asks again.
             Err(error) => warn!(error = super::process::describe(&error), "the guard cannot be loaded again"),
         }
-        Ok(())
     }
 
     /// Asks for a sign of life; an agent that gave none for a while is replaced.

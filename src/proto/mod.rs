@@ -227,6 +227,11 @@ impl Engine {
         self.handle_directory(changes, now);
     }
 
+    /// The pod's link has another MTU now: what is longer than fits it sealed is answered "too big" from now on.
+    pub fn set_link_mtu(&mut self, link_mtu: u32) {
+        self.link_mtu = link_mtu;
+    }
+
     /// The directory changed. All changes take effect together.
     pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
         self.knows_directory = true;

@@ -11,13 +11,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use nix::{ioctl_write_int_bad, ioctl_write_ptr_bad};
+use nix::{ioctl_read_bad, ioctl_write_int_bad, ioctl_write_ptr_bad};
 
 use crate::wire::vnet::VNET_HEADER_LEN;
 
 ioctl_write_ptr_bad!(
     /// Names the device and creates or attaches it.
     tun_set_iff, libc::TUNSETIFF, libc::ifreq
+);
+ioctl_read_bad!(
+    /// Says which device is attached.
+    tun_get_iff, libc::TUNGETIFF, libc::ifreq
 );
 ioctl_write_int_bad!(
     /// Makes the device outlive its descriptors, or not.
@@ -99,6 +103,14 @@ pub fn set_persistent(fd: impl AsFd, persistent: bool) -> io::Result<()> {
     // SAFETY: the descriptor is open for the length of the borrow; the argument is passed by value.
     unsafe { tun_set_persist(fd.as_fd().as_raw_fd(), persistent.into()) }?;
     Ok(())
+}
+
+/// Whether `fd` still has a device, in whatever namespace; not after it was deleted.
+pub fn is_attached(fd: impl AsFd) -> bool {
+    let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_flags: 0 };
+    let mut answer = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru };
+    // SAFETY: the descriptor is open for the length of the borrow; the kernel fills the ifreq, which outlives the call.
+    unsafe { tun_get_iff(fd.as_fd().as_raw_fd(), &raw mut answer) }.is_ok()
 }
 
 fn set_offloads(file: &File) -> io::Result<u32> {

@@ -189,6 +189,8 @@ pub enum FromAgent {
     Pong,
     /// `tenc0` was made again. Descriptor: the new one; the old one is to be closed.
     TunReplaced,
+    /// The pod's device is gone from the namespace, and so is the pod: the agent ends.
+    LinkGone,
     /// The guard's skeleton is not what it was: it is to be loaded again.
     GuardLost,
     /// The agent has read its last packet. Descriptor: a sealed memfd with its sessions and flows.
@@ -293,7 +295,12 @@ impl Message for FromAgent {
             // tenc0 and one UDP socket per own address.
             Self::Ready { .. } => 1 + ADDRESSES_MAX,
             Self::TunReplaced | Self::HandedOver => 1,
-            Self::Hello { .. } | Self::Pong | Self::GuardLost | Self::Failed { .. } | Self::Stopped => 0,
+            Self::Hello { .. }
+            | Self::Pong
+            | Self::LinkGone
+            | Self::GuardLost
+            | Self::Failed { .. }
+            | Self::Stopped => 0,
         }
     }
 

@@ -18,7 +18,8 @@ use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
 
 /// Largest super-packet, so that one read of `tenc0` is one send with UDP_SEGMENT.
 const GSO_MAX_SIZE: u32 = 61_000;
-const TX_QUEUE_LEN: u32 = 500;
+/// Packets that wait for the agent.
+pub(crate) const TX_QUEUE_LEN: u32 = 500;
 
 /// A device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct Link {
     pub up: bool,
     /// A TUN or TAP device.
     pub tun: bool,
+    /// Length of its transmit queue, in packets.
+    pub queue: u32,
 }
 
 /// An address of a device.
@@ -205,7 +208,7 @@ impl Netlink {
     }
 }
 
-fn read_link(message: LinkMessage) -> Link {
+pub(super) fn read_link(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
         name: String::new(),
@@ -213,11 +216,13 @@ fn read_link(message: LinkMessage) -> Link {
         mac: None,
         up: message.header.flags.contains(LinkFlags::Up),
         tun: false,
+        queue: 0,
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::TxQueueLen(queue) => link.queue = queue,
             LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
             LinkAttribute::LinkInfo(infos) => link.tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
             _ => {}

@@ -12,6 +12,7 @@
 //!
 //! Source: rtnetlink(7), ip-rule(8), ip-route(8).
 
+mod check;
 mod links;
 mod request;
 mod rules;
@@ -27,6 +28,8 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
+pub(crate) use self::check::Wanted;
+pub(crate) use self::links::TX_QUEUE_LEN;
 pub use self::links::{Link, LinkAddress};
 pub use self::request::{Error, Object};
 use self::request::{Request, Transport};
@@ -73,6 +76,12 @@ impl Netlink {
     /// [`Error::Socket`].
     pub fn open() -> Result<Self, Error> {
         Ok(Self { transport: Transport::open()? })
+    }
+
+    /// The port number that the kernel tells others our changes by.
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.transport.port()
     }
 
     /// Everything that `request` asks for, of which `kind` is the name.
@@ -368,10 +377,17 @@ fn flush_requests() -> Vec<Request> {
 
 fn destination(message: &RouteMessage) -> Option<IpAddr> {
     message.attributes.iter().find_map(|a| match a {
-        RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(IpAddr::from(*to)),
-        RouteAttribute::Destination(RouteAddress::Inet6(to)) => Some(IpAddr::from(*to)),
+        RouteAttribute::Destination(to) => address(to),
         _ => None,
     })
+}
+
+fn address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(to) => Some(IpAddr::from(*to)),
+        RouteAddress::Inet6(to) => Some(IpAddr::from(*to)),
+        _ => None,
+    }
 }
 
 fn family(ipv6: bool) -> AddressFamily {

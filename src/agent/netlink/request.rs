@@ -124,6 +124,13 @@ impl Transport {
         Ok(Self { socket, sequence: 0, buffer: Vec::new() })
     }
 
+    pub(super) fn port(&self) -> u32 {
+        let mut address = SocketAddr::new(0, 0);
+        // A port of 0 is nobody's: our own changes then count as another's, which costs a check.
+        let _ = self.socket.get_address(&mut address);
+        address.port_number()
+    }
+
     /// Sends all `requests` in order and waits until the kernel has done them.
     ///
     /// # Errors
