@@ -113,8 +113,8 @@ fn tcp_through_rekeys(lab: &Lab) {
     assert_eq!(stalled, 0, "a second without a byte");
 }
 
-/// A client that does not give up: TCP, UDP and raw packets, to Services and to pods.
-fn keep_trying(lab: &Lab, stop: &AtomicBool, tries: &AtomicU64) {
+/// A client that does not give up: TCP, UDP and raw packets, to Services and to pods; and, with `frames`, past its own stack.
+pub fn keep_trying(lab: &Lab, frames: bool, stop: &AtomicBool, tries: &AtomicU64) {
     let pod = lab.pod("shop-client");
     let raw = pod.raw(pod.v4.into(), 253);
     let raw6 = pod.raw(pod.v6.into(), 253);
@@ -127,8 +127,10 @@ fn keep_trying(lab: &Lab, stop: &AtomicBool, tries: &AtomicU64) {
             // Refused or lost, all the same: what counts is that nothing leaves in clear.
             let _ = raw.send_to(CANARY, &SockAddr::from(SocketAddr::from((to, 0))));
             let _ = udp[usize::from(to.is_ipv6())].send_to(CANARY, (to, 7007));
-            let packet = packets::udp(pod.address(to), to, 7007, 7007, CANARY);
-            let _ = pod.send_frame(&packets::frame(pod.mac(), [0xff; 6], &packet));
+            if frames {
+                let packet = packets::udp(pod.address(to), to, 7007, 7007, CANARY);
+                let _ = pod.send_frame(&packets::frame(pod.mac(), [0xff; 6], &packet));
+            }
         }
         for to in web_vips() {
             let _ = pod.connect(to, Duration::from_millis(30));
@@ -138,7 +140,7 @@ fn keep_trying(lab: &Lab, stop: &AtomicBool, tries: &AtomicU64) {
 }
 
 /// Stops the client also when the test panics: a scope waits for its threads.
-struct StopAtEnd<'a>(&'a AtomicBool);
+pub struct StopAtEnd<'a>(pub &'a AtomicBool);
 
 impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
@@ -153,7 +155,7 @@ fn killed(lab: &Lab, victims: impl Fn(&str) -> Vec<nix::unistd::Pid>) {
     let (stop, tries) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         let _stop = StopAtEnd(&stop);
-        scope.spawn(|| keep_trying(lab, &stop, &tries));
+        scope.spawn(|| keep_trying(lab, true, &stop, &tries));
         thread::sleep(Duration::from_millis(500));
         for pod in ["shop-client", "shop-web1"] {
             let pids = victims(pod);
