@@ -28,6 +28,7 @@ pub mod directory;
 pub mod dns;
 pub mod drop;
 pub mod inbound;
+pub mod ladder;
 pub mod mtu;
 pub mod nat;
 pub mod noise;
