@@ -1,19 +1,21 @@
 //! The control thread: puts the engine's route batches into the kernel, in order, while packets go on.
 //!
 //! One thread, blocking netlink sockets, one batch at a time: for an address to be protected first its guard element,
-//! then its route; to be released the other way round. The driver is woken through an eventfd when a batch is done.
+//! then its route; to be released the other way round. What becomes of connections in being: flows.rs. The driver is woken through an eventfd when a batch is done.
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::flows::{self, Ended, Flows};
 use super::guard::Guard;
 use super::netlink::{Netlink, ProtectedRoute};
+use crate::proto::ladder::Mode;
 use crate::proto::mtu::inner_mtu;
 use crate::proto::routing::{Batch, BatchId, RouteChange};
 
@@ -21,6 +23,8 @@ use crate::proto::routing::{Batch, BatchId, RouteChange};
 pub(super) struct Applied {
     pub(super) id: BatchId,
     pub(super) outcome: anyhow::Result<()>,
+    /// Flows that ended or moved with it, in either case.
+    pub(super) ended: Ended,
 }
 
 /// The driver's handle on the thread.
@@ -44,18 +48,33 @@ impl Applier {
     /// Starts the thread in the calling thread's namespace.
     ///
     /// # Errors
-    /// No eventfd, or no thread.
-    pub(super) fn start(guard: Guard, netlink: Netlink, facts: RouteFacts) -> anyhow::Result<Self> {
+    /// No eventfd, no thread, or the kernel does not say what a former agent left.
+    pub(super) fn start(
+        guard: Guard,
+        mut netlink: Netlink,
+        facts: RouteFacts,
+        mode: Mode,
+    ) -> anyhow::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?;
         let event = Arc::new(event);
         let (batches, inbox) = channel::<Batch>();
         let (outbox, applied) = channel();
         let wake = Arc::clone(&event);
-        let mut kernel = Kernel { guard, netlink, facts };
+        let flows = Flows::open(&mut netlink, mode).context("look at the pod's connections")?;
+        let mut kernel = Kernel { guard, netlink, facts, flows };
         let thread = std::thread::Builder::new().name("applier".into()).spawn(move || {
-            for batch in inbox {
-                let outcome = kernel.apply(&batch.changes);
-                if outbox.send(Applied { id: batch.id, outcome }).is_err() || wake.write(1).is_err() {
+            loop {
+                let batch = match kernel.next(&inbox) {
+                    Ok(batch) => batch,
+                    Err(RecvTimeoutError::Timeout) => {
+                        kernel.flows.sweep(&mut kernel.netlink);
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return,
+                };
+                let outcome = kernel.apply(&batch);
+                let ended = kernel.flows.ended();
+                if outbox.send(Applied { id: batch.id, outcome, ended }).is_err() || wake.write(1).is_err() {
                     return;
                 }
             }
@@ -101,18 +120,33 @@ struct Kernel {
     guard: Guard,
     netlink: Netlink,
     facts: RouteFacts,
+    flows: Flows,
 }
 
 impl Kernel {
-    fn apply(&mut self, changes: &[RouteChange]) -> anyhow::Result<()> {
+    /// Waits for a batch; a time-out means that pins are to be swept.
+    fn next(&self, inbox: &Receiver<Batch>) -> Result<Batch, RecvTimeoutError> {
+        if self.flows.has_pins() {
+            inbox.recv_timeout(flows::SWEEP)
+        } else {
+            inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        }
+    }
+
+    fn apply(&mut self, batch: &Batch) -> anyhow::Result<()> {
         crate::fault::delay_netlink();
-        for run in changes.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+        self.flows.prepare(&mut self.netlink, batch)?;
+        for run in batch.changes.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
             let addresses: Vec<IpAddr> = run.iter().map(RouteChange::address).collect();
             match run[0] {
                 RouteChange::Protect(_) => {
                     self.guard.add(&addresses)?;
                     let routes: Vec<_> = addresses.iter().filter_map(|to| self.route(*to)).collect();
                     self.netlink.protect(&routes)?;
+                }
+                RouteChange::Pass(_) => {
+                    self.guard.add(&addresses)?;
+                    self.netlink.pass(&self.routed(&addresses))?;
                 }
                 RouteChange::Prohibit(_) => self.netlink.prohibit(&self.routed(&addresses))?,
                 RouteChange::Release(_) => {
@@ -121,6 +155,7 @@ impl Kernel {
                 }
             }
         }
+        self.flows.conclude(batch);
         Ok(())
     }
 

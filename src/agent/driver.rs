@@ -387,6 +387,9 @@ impl Driver {
     fn read_applied(&mut self, now: Now) -> Option<End> {
         while let Some(applied) = self.kernel.applier.poll() {
             let ok = applied.outcome.is_ok();
+            self.engine.count_destroyed(applied.ended.preexisting, applied.ended.gone);
+            self.engine.count_unpinned(applied.ended.unpinned);
+            self.engine.refuse_older_flows(applied.ended.undestroyed);
             if let Err(error) = applied.outcome {
                 if !self.ready {
                     return Some(End::Failed(error.context("protect the project's addresses")));

@@ -31,12 +31,14 @@ mod applier;
 pub mod control;
 mod dns;
 mod driver;
+mod flows;
 pub mod guard;
 pub mod neighbour;
 pub mod netlink;
 pub mod presence;
 mod privileges;
 pub mod raw_socket;
+pub mod sockets;
 pub mod tun;
 pub mod udp;
 
@@ -224,6 +226,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         options: options(init),
         coalesce: raw.is_none() && tun.offloads() != 0,
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,
+        mode: init.mode,
         dns_gate: crate::fault::dns_gate(),
     });
     engine.adopt(&stale, driver::clocks());
@@ -231,7 +234,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         tun,
         sockets,
         raw,
-        applier: Applier::start(guard, netlink, facts)?,
+        applier: Applier::start(guard, netlink, facts, init.mode)?,
         helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,
         queries: Queries::new(dns_ports, held, rng),
