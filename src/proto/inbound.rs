@@ -106,7 +106,7 @@ impl Engine {
         if !is_unicast(destination) {
             return Err(DropReason::NotForUs);
         }
-        if !self.routing.is_captured(peer) && !self.is_passed_flow(peer, bytes, packet) {
+        if !self.routing.is_captured(peer) && !self.is_passed_flow(peer, bytes, packet, now) {
             return Ok(Verdict::Hold(DropReason::HeldTooLong));
         }
         if packet.is_later_fragment() {
@@ -147,7 +147,7 @@ impl Engine {
 
     /// A flow in being keeps its path, sealed, while its peer is passed. Anything else that such a peer seals shows that it
     /// is able, and waits for its route.
-    fn is_passed_flow(&mut self, peer: IpAddr, bytes: &[u8], packet: &Packet) -> bool {
+    fn is_passed_flow(&mut self, peer: IpAddr, bytes: &[u8], packet: &Packet, now: Now) -> bool {
         let Some(ladder) = &mut self.ladder else { return false };
         if !self.routing.is_passed(peer) || !self.routing.is_active(peer) {
             return false;
@@ -157,7 +157,7 @@ impl Engine {
             let wire = Tuple { protocol: packet.protocol, local, remote };
             self.flows.get_by_wire(&wire).is_some() || self.flows.get(&wire).is_some()
         });
-        ladder.handle_able(peer);
+        ladder.handle_able(peer, now);
         known
     }
 

@@ -3,13 +3,15 @@
 //! In strict mode there is no [`Ladder`]: everything of the project is captured, always. Else, per peer and per VIP,
 //! never per packet:
 //!
-//! 1. the directory names a peer: it is probed (3 handshakes, 1 s apart; again every 60 s while it does not answer)
+//! 1. the directory names a peer: it is probed (3 handshakes, 1 s apart; again every 60 s, able or not)
 //! 2. a completed handshake, whoever began it, makes it able; silence makes it unable until one completes again, or until
 //!    data of it is opened
 //! 3. a peer's address is captured while the peer is able; a VIP while it has ready endpoints and all of them are able
 //! 4. `poll_decision` gives what changed to `proto::routing`; what is not captured is carried by the platform
 //!
-//! An able peer is not probed: its own traffic shows whether it still answers. Our own address counts as able.
+//! An able peer is asked again 60 s after its last handshake: two ends that cannot reach each other any more both find out,
+//! also the one that has nothing to send and would refuse what the other one sends in clear. One handshake shows both
+//! ends that they are able, so a pair has one a minute. Our own address counts as able.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -70,7 +72,7 @@ struct Peer {
     able: bool,
     /// Handshakes of the running probe so far.
     tries: u8,
-    /// When the next one is due; none while able.
+    /// When the next one is due.
     due: Option<Instant>,
 }
 
@@ -158,17 +160,20 @@ impl Ladder {
     }
 
     /// A handshake with the peer is complete, or data of it was opened.
-    pub fn handle_able(&mut self, address: IpAddr) {
-        let Some(peer) = self.peers.get_mut(&address).filter(|peer| !peer.able) else { return };
-        (peer.able, peer.tries) = (true, 0);
-        self.schedule(address, None);
-        self.reconsider(address);
+    pub fn handle_able(&mut self, address: IpAddr, now: Now) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        peer.tries = 0;
+        let news = !std::mem::replace(&mut peer.able, true);
+        self.schedule(address, Some(now.instant + PROBE_INTERVAL));
+        if news {
+            self.reconsider(address);
+        }
     }
 
     /// The peer did not answer a handshake.
     pub fn handle_silent(&mut self, address: IpAddr, now: Now) {
         let Some(peer) = self.peers.get_mut(&address).filter(|peer| peer.able) else { return };
-        peer.able = false;
+        (peer.able, peer.tries) = (false, 0);
         self.schedule(address, Some(now.instant + PROBE_INTERVAL));
         self.reconsider(address);
     }
@@ -182,16 +187,19 @@ impl Ladder {
                 self.due.pop_first();
                 continue;
             };
-            let wait = if peer.tries < TRIES {
+            if peer.tries < TRIES {
                 peer.tries += 1;
                 self.probes.push_back(Probe::Try(address));
-                TRY_INTERVAL
-            } else {
-                peer.tries = 0;
-                self.probes.push_back(Probe::Forget(address));
-                PROBE_INTERVAL
-            };
-            self.schedule(address, Some(now.instant + wait));
+                self.schedule(address, Some(now.instant + TRY_INTERVAL));
+                continue;
+            }
+            peer.tries = 0;
+            let news = std::mem::take(&mut peer.able);
+            self.probes.push_back(Probe::Forget(address));
+            self.schedule(address, Some(now.instant + PROBE_INTERVAL));
+            if news {
+                self.reconsider(address);
+            }
         }
     }
 

@@ -233,7 +233,7 @@ impl Peers {
             };
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             if let Some(ladder) = ladder.as_deref_mut() {
-                ladder.handle_able(peer.address);
+                ladder.handle_able(peer.address, now);
             }
             let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
             self.staged -= std::mem::take(&mut peer.packets);
