@@ -16,6 +16,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent::control::Inject;
+use crate::proto::ladder::Mode;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
 pub const DEFAULT_PORT: u16 = 51_820;
@@ -25,7 +26,7 @@ const PLANNED_COMMANDS: [&str; 9] =
     ["node", "status", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
 
 /// Flags of `launch` that are planned.
-const PLANNED_FLAGS: [&str; 5] = ["--mode", "--cipher", "--capture", "--guard-first", "--config"];
+const PLANNED_FLAGS: [&str; 4] = ["--cipher", "--capture", "--guard-first", "--config"];
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,12 +119,36 @@ pub struct Launch {
     /// The pod's resolv.conf; by default the one that belongs to the namespace.
     #[arg(long, value_name = "FILE")]
     pub resolv_conf: Option<PathBuf>,
+    /// How strictly the project's traffic is kept to the tunnel.
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Rung::Strict)]
+    pub mode: Rung,
     /// How packets from peers are handed to the pod's stack.
     #[arg(long, value_name = "WAY", value_enum, default_value_t = InjectWay::Auto)]
     pub inject: InjectWay,
     /// Rekey sooner than the protocol's 120 s. For tests.
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub rekey_after: Option<u64>,
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rung {
+    /// Everything of the project is sealed or dropped.
+    Strict,
+    /// Sealed where both ends are able, else left to the platform and counted.
+    Permissive,
+    /// As permissive, with a record of each flow that strict would drop.
+    Audit,
+}
+
+impl From<Rung> for Mode {
+    fn from(rung: Rung) -> Self {
+        match rung {
+            Rung::Strict => Self::Strict,
+            Rung::Permissive => Self::Permissive,
+            Rung::Audit => Self::Audit,
+        }
+    }
 }
 
 /// `--inject`.
@@ -245,11 +270,12 @@ mod tests {
 
     #[test]
     fn launch_takes_every_flag_of_its_grammar() {
-        let got = launch("--project shop --port 4500 --resolv-conf r --inject raw --rekey-after 2");
+        let got =
+            launch("--project shop --port 4500 --resolv-conf r --inject raw --mode audit --rekey-after 2");
         assert_eq!((got.netns.as_str(), got.project.as_deref(), got.port), ("pod", Some("shop"), 4500));
         assert_eq!(
-            (got.resolv_conf, got.inject, got.rekey_after),
-            (Some("r".into()), InjectWay::Raw, Some(2))
+            (got.resolv_conf, got.inject, got.mode, got.rekey_after),
+            (Some("r".into()), InjectWay::Raw, Rung::Audit, Some(2))
         );
     }
 
@@ -257,6 +283,7 @@ mod tests {
     fn launch_needs_three_flags_and_defaults_the_rest() {
         let got = launch("");
         assert_eq!((got.project, got.port, got.inject), (None, 51_820, InjectWay::Auto));
+        assert_eq!(Mode::from(got.mode), Mode::Strict);
         for missing in ["--netns pod ", "--project-key-file k ", "--directory d"] {
             let (exit, text) = refused(LAUNCH.replace(missing, "").trim_end());
             assert_eq!(exit, Exit::Usage);

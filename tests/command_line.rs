@@ -20,7 +20,7 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn what_is_not_there_yet_ends_with_2_and_names_itself() {
     for (line, name) in [
-        ("launch --netns a --project-key-file k --directory d --mode strict", "--mode"),
+        ("launch --netns a --project-key-file k --directory d --cipher aes256gcm", "--cipher"),
         ("launch --capture=learned", "--capture"),
         ("status -o json", "status"),
         ("node", "node"),

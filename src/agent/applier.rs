@@ -2,7 +2,8 @@
 //!
 //! One thread, blocking netlink sockets, one order at a time: a batch ([`Kernel::apply`]: for an address to be protected
 //! first its guard element, then its route; to be released the other way round), or a check ([`Kernel::check`]: compares
-//! the kernel with what was applied, repairs, says what it found). The driver is woken through an eventfd when one is done.
+//! the kernel with what was applied, repairs, says what it found). What becomes of connections in
+//! being: flows.rs. The driver is woken through an eventfd when one is done.
 //!
 //! A check, in the order in which things depend on each other: guard, links, `tenc0`, addresses, rules, routes.
 
@@ -10,17 +11,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::debug;
 
+use super::flows::{self, Ended, Flows};
 use super::guard::Guard;
 use super::netlink::{Capture, Link, Netlink, ProtectedRoute, TX_QUEUE_LEN, Wanted};
 use super::tun::{self, Tun};
 use super::watch::Tampering;
+use crate::proto::ladder::Mode;
 use crate::proto::mtu::{inner_mtu, tun_mtu};
 use crate::proto::routing::{Batch, BatchId, RouteChange};
 
@@ -43,6 +46,8 @@ pub(super) enum Done {
 pub(super) struct Applied {
     pub(super) id: BatchId,
     pub(super) outcome: anyhow::Result<()>,
+    /// Flows that ended or moved with it, in either case.
+    pub(super) ended: Ended,
 }
 
 /// What a check found.
@@ -84,8 +89,13 @@ impl Applier {
     /// Starts the thread in the calling thread's namespace, with `tenc0` and the rules in place.
     ///
     /// # Errors
-    /// No eventfd, no thread, or the kernel does not show its devices.
-    pub(super) fn start(guard: Guard, mut netlink: Netlink, facts: Facts) -> anyhow::Result<Self> {
+    /// No eventfd, no thread, or the kernel does not show its devices, or what a former agent left.
+    pub(super) fn start(
+        guard: Guard,
+        mut netlink: Netlink,
+        facts: Facts,
+        mode: Mode,
+    ) -> anyhow::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?;
         let event = Arc::new(event);
         let (orders, inbox) = channel::<Order>();
@@ -95,6 +105,7 @@ impl Applier {
         let addresses = netlink.addresses()?;
         let own = &facts.capture.own;
         let pod_index = addresses.iter().find(|a| own.contains(&a.address)).map(|a| a.index);
+        let flows = Flows::open(&mut netlink, mode).context("look at the pod's connections")?;
         let mut kernel = Kernel {
             guard,
             netlink,
@@ -103,16 +114,23 @@ impl Applier {
             known: addresses.into_iter().map(|a| (a.index, a.address)).collect(),
             held: facts.stale.iter().map(|to| (*to, Held::Adopted)).collect(),
             facts,
+            flows,
         };
         let thread = std::thread::Builder::new().name("applier".into()).spawn(move || {
-            for order in inbox {
-                let done = match order {
-                    Order::Apply(batch) => {
-                        let outcome = kernel.apply(&batch.changes);
-                        Done::Applied(Applied { id: batch.id, outcome })
+            loop {
+                let done = match kernel.next(&inbox) {
+                    Ok(Order::Apply(batch)) => {
+                        let outcome = kernel.apply(&batch);
+                        let ended = kernel.flows.ended();
+                        Done::Applied(Applied { id: batch.id, outcome, ended })
                     }
-                    Order::Check => Done::Checked(kernel.check()),
-                    Order::GuardLoaded => Done::Checked(kernel.guard_loaded()),
+                    Ok(Order::Check) => Done::Checked(kernel.check()),
+                    Ok(Order::GuardLoaded) => Done::Checked(kernel.guard_loaded()),
+                    Err(RecvTimeoutError::Timeout) => {
+                        kernel.flows.sweep(&mut kernel.netlink);
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return,
                 };
                 if outbox.send(done).is_err() || wake.write(1).is_err() {
                     return;
@@ -176,6 +194,8 @@ impl AsFd for Applier {
 enum Held {
     Protect,
     Prohibit,
+    /// Carried by the platform.
+    Pass,
     /// By a former agent, who knows what.
     Adopted,
 }
@@ -189,12 +209,23 @@ struct Kernel {
     pod_index: Option<u32>,
     /// Addresses of the namespace that were there when the agent came, by device.
     known: BTreeSet<(u32, IpAddr)>,
+    flows: Flows,
 }
 
 impl Kernel {
-    fn apply(&mut self, changes: &[RouteChange]) -> anyhow::Result<()> {
+    /// Waits for a batch; a time-out means that pins are to be swept.
+    fn next(&self, inbox: &Receiver<Order>) -> Result<Order, RecvTimeoutError> {
+        if self.flows.has_pins() {
+            inbox.recv_timeout(flows::SWEEP)
+        } else {
+            inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        }
+    }
+
+    fn apply(&mut self, batch: &Batch) -> anyhow::Result<()> {
         crate::fault::delay_netlink();
-        for run in changes.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+        self.flows.prepare(&mut self.netlink, batch)?;
+        for run in batch.changes.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
             let addresses: Vec<IpAddr> = run.iter().map(RouteChange::address).collect();
             // What is wanted is noted first: a change that fails half-way is completed by the next check.
             match run[0] {
@@ -203,6 +234,11 @@ impl Kernel {
                     self.guard.add(&addresses)?;
                     let routes: Vec<_> = addresses.iter().filter_map(|to| self.route(*to)).collect();
                     self.netlink.protect(&routes)?;
+                }
+                RouteChange::Pass(_) => {
+                    self.held.extend(addresses.iter().map(|to| (*to, Held::Pass)));
+                    self.guard.add(&addresses)?;
+                    self.netlink.pass(&self.routed(&addresses))?;
                 }
                 RouteChange::Prohibit(_) => {
                     self.held.extend(addresses.iter().map(|to| (*to, Held::Prohibit)));
@@ -215,6 +251,7 @@ impl Kernel {
                 }
             }
         }
+        self.flows.conclude(batch);
         Ok(())
     }
 
@@ -418,6 +455,7 @@ impl Kernel {
                     Held::Protect if !own.contains(&route.own) => Wanted::Twin,
                     Held::Protect => Wanted::Protect { own: route.own, mtu: route.mtu },
                     Held::Prohibit => Wanted::Prohibit,
+                    Held::Pass => Wanted::Pass,
                     Held::Adopted => Wanted::Any,
                 },
             ))

@@ -429,6 +429,9 @@ impl Driver {
                 }
             };
             let ok = applied.outcome.is_ok();
+            self.engine.count_destroyed(applied.ended.preexisting, applied.ended.gone);
+            self.engine.count_unpinned(applied.ended.unpinned);
+            self.engine.refuse_older_flows(applied.ended.undestroyed);
             if let Err(error) = applied.outcome {
                 if !self.ready {
                     return Some(End::Failed(error.context("protect the project's addresses")));

@@ -32,6 +32,7 @@ mod applier;
 pub mod control;
 mod dns;
 mod driver;
+mod flows;
 pub mod guard;
 mod handover;
 pub mod neighbour;
@@ -39,6 +40,7 @@ pub mod netlink;
 pub mod presence;
 mod privileges;
 pub mod raw_socket;
+pub mod sockets;
 pub mod state;
 pub mod tun;
 pub mod udp;
@@ -244,6 +246,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         options: options(init),
         coalesce: raw.is_none() && tun.offloads() != 0,
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,
+        mode: init.mode,
         dns_gate: crate::fault::dns_gate(),
     });
     engine.adopt(&stale, driver::clocks());
@@ -255,7 +258,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         tun,
         sockets,
         raw,
-        applier: Applier::start(guard, netlink, facts)?,
+        applier: Applier::start(guard, netlink, facts, init.mode)?,
         watch,
         helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,

@@ -202,6 +202,7 @@ fn init(
         dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
         hold_dns_ports: network.dns_ports.keep_bound,
         inject: arguments.inject.into(),
+        mode: arguments.mode.into(),
         seed: Seed([0; 32]),
         rekey_after_s: arguments.rekey_after,
     }

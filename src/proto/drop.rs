@@ -18,7 +18,7 @@ pub enum DropReason {
     NoEndpoint,
     /// The peer did not answer the handshake in time.
     PeerSilent,
-    /// The peer left the directory.
+    /// The peer left the directory; counts its packets, and the connections that were reset for it.
     PeerGone,
     /// A bounded queue for staged or held packets was full.
     QueueFull,
@@ -68,11 +68,13 @@ pub enum DropReason {
     DnsTimeout,
     /// The kernel refused the datagram or the injected packet.
     KernelRefused,
+    /// A TCP connection to an address, older than its protection; counts connections.
+    Preexisting,
 }
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -105,6 +107,7 @@ impl DropReason {
         Self::DnsOverload,
         Self::DnsTimeout,
         Self::KernelRefused,
+        Self::Preexisting,
     ];
 
     /// The word used in logs, status, metrics and docs.
@@ -143,6 +146,7 @@ impl DropReason {
             Self::DnsOverload => "dns_overload",
             Self::DnsTimeout => "dns_timeout",
             Self::KernelRefused => "kernel_refused",
+            Self::Preexisting => "preexisting",
         }
     }
 }
@@ -156,12 +160,14 @@ pub struct Counters {
     pub opened: u64,
     /// DNS queries forwarded, UDP and TCP.
     pub dns_forwarded: u64,
+    /// Flows that did not keep their path when their address was captured or passed: more than there are pins.
+    pub unpinned: u64,
     drops: [u64; DropReason::ALL.len()],
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { sealed: 0, opened: 0, dns_forwarded: 0, drops: [0; DropReason::ALL.len()] }
+        Self { sealed: 0, opened: 0, dns_forwarded: 0, unpinned: 0, drops: [0; DropReason::ALL.len()] }
     }
 }
 

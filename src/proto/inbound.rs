@@ -106,7 +106,7 @@ impl Engine {
         if !is_unicast(destination) {
             return Err(DropReason::NotForUs);
         }
-        if !self.routing.is_active(peer) {
+        if !self.routing.is_captured(peer) && !self.is_passed_flow(peer, bytes, packet, now) {
             return Ok(Verdict::Hold(DropReason::HeldTooLong));
         }
         if packet.is_later_fragment() {
@@ -143,6 +143,22 @@ impl Engine {
             return Err(DropReason::NotForUs);
         }
         Ok(Verdict::Inject)
+    }
+
+    /// A flow in being keeps its path, sealed, while its peer is passed. Anything else that such a peer seals shows that it
+    /// is able, and waits for its route.
+    fn is_passed_flow(&mut self, peer: IpAddr, bytes: &[u8], packet: &Packet, now: Now) -> bool {
+        let Some(ladder) = &mut self.ladder else { return false };
+        if !self.routing.is_passed(peer) || !self.routing.is_active(peer) {
+            return false;
+        }
+        let known = packet.ports(bytes).is_some_and(|(source, destination)| {
+            let (local, remote) = ((packet.destination, destination), (packet.source, source));
+            let wire = Tuple { protocol: packet.protocol, local, remote };
+            self.flows.get_by_wire(&wire).is_some() || self.flows.get(&wire).is_some()
+        });
+        ladder.handle_able(peer, now);
+        known
     }
 
     /// To our own address: from the peer itself, or the answer of the endpoint that we chose.

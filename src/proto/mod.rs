@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -31,6 +31,7 @@ pub mod drop;
 pub mod handover;
 pub mod inbound;
 pub mod journal;
+pub mod ladder;
 pub mod mtu;
 pub mod nat;
 pub mod noise;
@@ -45,6 +46,7 @@ use dns::{Dns, Forward, QueryId, StreamId};
 use drop::{Counters, DropReason};
 use inbound::Held;
 use journal::{Record, Restored};
+use ladder::{Ladder, Mode, Standing};
 use nat::Flows;
 use noise::{Identity, Transport};
 use outbound::FragmentTable;
@@ -87,6 +89,8 @@ pub struct Config {
     pub coalesce: bool,
     /// Merge datagrams too (Linux 6.2 and later take such trains).
     pub coalesce_udp: bool,
+    /// The rung of the ladder.
+    pub mode: Mode,
     /// False only in the test build that shows what the DNS gate is for.
     pub dns_gate: bool,
 }
@@ -125,6 +129,10 @@ pub struct Engine {
     /// Before the first directory nobody can say whose restored flow has lost its peer.
     knows_directory: bool,
     routing: Routing,
+    /// None in strict mode.
+    ladder: Option<Ladder>,
+    /// Addresses to which older connections may still exist, because the kernel could not destroy them.
+    older_flows: BTreeSet<IpAddr>,
     peers: Peers,
     flows: Flows,
     fragments: FragmentTable,
@@ -165,7 +173,9 @@ impl Engine {
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),
             knows_directory: false,
-            routing: Routing::new(),
+            routing: Routing::new(config.mode != Mode::Strict),
+            ladder: Ladder::new(config.mode, own.clone()),
+            older_flows: BTreeSet::new(),
             peers: Peers::new(transport, config.port, peer_seed),
             flows: Flows::new(flow_seed),
             fragments: FragmentTable::new(),
@@ -239,18 +249,33 @@ impl Engine {
             match self.directory.apply(change, now) {
                 Effect::WorkloadSet(workload) => {
                     self.routing.add_from_directory(workload.address);
+                    if let Some(ladder) = &mut self.ladder {
+                        ladder.set_peer(workload.address, now);
+                    }
                     let staged = self.peers.set(workload, now);
                     self.counters.drop_many(DropReason::PeerGone, staged as u64);
                 }
                 Effect::WorkloadRemoved(address) => {
+                    if let Some(ladder) = &mut self.ladder {
+                        ladder.remove_peer(address);
+                    }
+                    self.routing.reset(self.flows.pinned_to(address));
                     let staged = self.peers.remove(address);
                     self.counters.drop_many(DropReason::PeerGone, staged as u64);
                     if self.directory.vip(address).is_none() {
                         self.routing.remove_from_directory(address, now);
                     }
                 }
-                Effect::VipSet(address) => self.routing.add_from_directory(address),
+                Effect::VipSet(address) => {
+                    self.routing.add_from_directory(address);
+                    if let (Some(ladder), Some(vip)) = (&mut self.ladder, self.directory.vip(address)) {
+                        ladder.set_vip(vip);
+                    }
+                }
                 Effect::VipRemoved(address) => {
+                    if let Some(ladder) = &mut self.ladder {
+                        ladder.remove_vip(address);
+                    }
                     if !self.directory.is_workload(address) {
                         self.routing.remove_from_directory(address, now);
                     }
@@ -269,6 +294,27 @@ impl Engine {
         self.routing.handle_applied(batch, ok, now);
         self.retry_held(now);
         self.settle(now);
+    }
+
+    /// The control thread destroyed connections: older than the protection of their address, or to a peer that is gone.
+    pub fn count_destroyed(&mut self, preexisting: u64, gone: u64) {
+        self.counters.drop_many(DropReason::Preexisting, preexisting);
+        self.counters.drop_many(DropReason::PeerGone, gone);
+    }
+
+    /// The control thread had no pin for these flows: they moved.
+    pub fn count_unpinned(&mut self, flows: u64) {
+        self.counters.unpinned += flows;
+    }
+
+    /// The kernel cannot destroy the connections to these newly protected addresses: their first segment is refused.
+    pub fn refuse_older_flows(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.older_flows.extend(addresses);
+    }
+
+    /// How every peer and VIP stands on the ladder; nothing in strict mode, where all are captured.
+    pub fn ladder(&self) -> impl Iterator<Item = (IpAddr, Standing)> + '_ {
+        self.ladder.iter().flat_map(Ladder::standings)
     }
 
     /// An answer, or what claims to be one, came on the socket of `query`.
@@ -310,6 +356,9 @@ impl Engine {
             push_icmp(owned, IcmpError::AdminProhibited, packet);
         });
         self.routing.handle_timeout(now);
+        if let Some(ladder) = &mut self.ladder {
+            ladder.handle_timeout(now);
+        }
         let timed_out = self.dns.handle_timeout(now);
         self.counters.drop_many(DropReason::DnsTimeout, timed_out);
         self.expire_held(now);
@@ -327,6 +376,7 @@ impl Engine {
         [
             self.peers.poll_timeout(),
             self.routing.poll_timeout(),
+            self.ladder.as_ref().and_then(Ladder::poll_timeout),
             self.dns.poll_timeout(),
             self.held.poll_timeout(),
             self.next_sweep,
@@ -338,7 +388,15 @@ impl Engine {
 
     /// After any input: what became possible is done.
     fn settle(&mut self, now: Now) {
-        self.peers.flush(&mut self.transmits, now, &mut self.counters);
+        self.peers.flush(&mut self.transmits, self.ladder.as_mut(), now, &mut self.counters);
+        if let Some(ladder) = &mut self.ladder {
+            while let Some(probe) = ladder.poll_probe() {
+                self.peers.probe(probe, now);
+            }
+            while let Some((address, captured)) = ladder.poll_decision() {
+                self.routing.decide(address, captured);
+            }
+        }
         if self.next_sweep.is_none() && !(self.flows.is_empty() && self.fragments.is_empty()) {
             self.next_sweep = Some(now.instant + SWEEP_INTERVAL);
         }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::Now;
 use super::drop::DropReason;
 use super::journal::FlowRecord;
-use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
+use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, protocol};
 
 /// Most flows per agent; about 128 bytes each.
 pub const MAX_FLOWS: usize = 65_536;
@@ -433,6 +433,14 @@ impl Flows {
         if let Some(&slot) = self.by_tuple.get(tuple) {
             self.remove(slot);
         }
+    }
+
+    /// The TCP connections to VIPs that are pinned to `peer`.
+    pub fn pinned_to(&self, peer: IpAddr) -> impl Iterator<Item = Tuple> + '_ {
+        let pinned = move |flow: &&Flow| {
+            flow.peer == peer && flow.kind == Kind::Client && flow.tuple.protocol == protocol::TCP
+        };
+        self.slots.iter().flatten().filter(pinned).map(|flow| flow.tuple)
     }
 
     /// Drops flows whose life is over; looks at a bounded number per call.

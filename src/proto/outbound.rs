@@ -211,6 +211,10 @@ impl Engine {
 
     fn open_flow(&mut self, tuple: &Tuple, flags: u8, now: Now) -> Result<Route, DropReason> {
         let (destination, port) = tuple.remote;
+        let opens = flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
+        if tuple.protocol == protocol::TCP && !opens && self.older_flows.contains(&destination) {
+            return Err(DropReason::Preexisting);
+        }
         if self.peers.contains(destination) {
             // A full table is no reason to stop what needs no entry to be carried.
             if let Ok(flow) = self.flows.insert(*tuple, destination, Kind::Direct, now) {
@@ -298,7 +302,8 @@ impl Engine {
 
     /// Tells the application at once what would otherwise be a time-out.
     fn refuse(&mut self, bytes: &[u8], reason: DropReason) {
-        if !matches!(reason, DropReason::NoEndpoint | DropReason::ServiceUnknown | DropReason::PeerGone) {
+        use DropReason::{NoEndpoint, PeerGone, Preexisting, ServiceUnknown};
+        if !matches!(reason, NoEndpoint | ServiceUnknown | PeerGone | Preexisting) {
             return;
         }
         let mut reset = Vec::new();

@@ -16,6 +16,7 @@ use super::Now;
 use super::directory::Workload;
 use super::drop::{Counters, DropReason};
 use super::journal::LivePeers;
+use super::ladder::{Ladder, Probe};
 use super::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
 use super::noise::{Event, PeerConfig, PeerId, PeerState, Transport};
 use crate::wire::segment::Split;
@@ -281,6 +282,16 @@ impl Peers {
         self.by_address.contains_key(&address)
     }
 
+    /// Begins or forgets the handshake that shows whether a peer is able.
+    pub fn probe(&mut self, probe: Probe, now: Now) {
+        let (Probe::Try(address) | Probe::Forget(address)) = probe;
+        let Some(&id) = self.by_address.get(&address) else { return };
+        match probe {
+            Probe::Try(_) => self.transport.probe(id, now),
+            Probe::Forget(_) => self.transport.forget_probe(id),
+        }
+    }
+
     /// The address that `id` owns.
     #[must_use]
     pub fn address(&self, id: PeerId) -> Option<IpAddr> {
@@ -346,21 +357,35 @@ impl Peers {
         transmits.arena.truncate(start);
     }
 
-    /// Sends what was staged for peers whose session became ready.
-    pub fn flush(&mut self, transmits: &mut Transmits, now: Now, counters: &mut Counters) {
+    /// Sends what was staged for peers whose session became ready. `ladder` is told who answered and who did not.
+    pub fn flush(
+        &mut self,
+        transmits: &mut Transmits,
+        mut ladder: Option<&mut Ladder>,
+        now: Now,
+        counters: &mut Counters,
+    ) {
         while let Some(event) = self.transport.poll_event() {
             let id = match event {
                 Event::Established(id) => id,
+                Event::Silent(id) => {
+                    if let (Some(ladder), Some(address)) = (ladder.as_deref_mut(), self.address(id)) {
+                        ladder.handle_silent(address, now);
+                    }
+                    continue;
+                }
                 Event::Expired(id) => {
                     if let Some(address) = self.address(id) {
                         self.live.remove(address);
                     }
                     continue;
                 }
-                Event::Silent(_) => continue,
             };
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             self.live.insert(peer.address);
+            if let Some(ladder) = ladder.as_deref_mut() {
+                ladder.handle_able(peer.address, now);
+            }
             let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
             self.staged -= std::mem::take(&mut peer.packets);
             self.waiting.remove(&id);

@@ -4,6 +4,9 @@
 //! 2. the change joins the next batch; `poll_batch` hands it to the control thread, which sets guard element, then route
 //! 3. `handle_applied` reports the batch; batches finish in order, so one number says what is in place
 //!
+//! An address is protected, prohibited or, below strict, passed: named, but carried by the platform. Passing is a change
+//! like the others, so an answer that names a passed address waits for its batch, too.
+//!
 //! Whoever waits for an address asks `is_active`. A batch that failed is asked for again after a second; until then
 //! whoever waits goes on waiting: closed.
 
@@ -12,6 +15,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::Now;
+use super::nat::Tuple;
 
 /// A batch that failed is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
@@ -33,7 +37,9 @@ pub struct BatchId(pub u64);
 pub enum RouteChange {
     /// Guard element, then the route into `tenc0`.
     Protect(IpAddr),
-    /// The route becomes `prohibit`; the guard element stays.
+    /// Guard element, then a `throw` route: the platform carries it, the guard counts it.
+    Pass(IpAddr),
+    /// Connections end, the route becomes `prohibit`; the guard element stays.
     Prohibit(IpAddr),
     /// Route, then guard element, are removed.
     Release(IpAddr),
@@ -46,6 +52,8 @@ pub struct Batch {
     pub id: BatchId,
     /// The changes.
     pub changes: Vec<RouteChange>,
+    /// Connections of the pod that end first: those through a VIP to a peer that is gone.
+    pub resets: Vec<Tuple>,
 }
 
 /// Too many addresses are known from DNS alone.
@@ -57,6 +65,7 @@ struct Entry {
     directory: bool,
     dns_until: Option<Instant>,
     prohibited_until: Option<Instant>,
+    passed: bool,
     batch: BatchId,
 }
 
@@ -64,8 +73,11 @@ struct Entry {
 #[derive(Debug, Default)]
 pub struct Routing {
     entries: BTreeMap<IpAddr, Entry>,
+    /// New addresses are passed until somebody decides otherwise.
+    passes: bool,
     from_dns: usize,
     pending: Vec<RouteChange>,
+    resets: Vec<Tuple>,
     in_flight: BTreeMap<BatchId, Vec<RouteChange>>,
     retry: Option<(Instant, BTreeSet<IpAddr>)>,
     /// No life in `entries` ends before this.
@@ -75,10 +87,10 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// An empty table; nothing is protected.
+    /// An empty table; nothing is protected. `passes`: addresses are passed until [`Self::decide`] says otherwise.
     #[must_use]
-    pub fn new() -> Self {
-        Self { next: BatchId(1), ..Self::default() }
+    pub fn new(passes: bool) -> Self {
+        Self { passes, next: BatchId(1), ..Self::default() }
     }
 
     /// The directory names `address`: it is protected until the directory removes it.
@@ -96,7 +108,13 @@ impl Routing {
         let until = now.instant + PROHIBITED;
         for address in addresses {
             let batch = BatchId::default();
-            let entry = Entry { directory: false, dns_until: None, prohibited_until: Some(until), batch };
+            let entry = Entry {
+                directory: false,
+                dns_until: None,
+                prohibited_until: Some(until),
+                passed: false,
+                batch,
+            };
             self.entries.entry(*address).or_insert(entry);
             self.note_deadline(until);
         }
@@ -134,25 +152,49 @@ impl Routing {
     }
 
     fn enter(&mut self, address: IpAddr) -> &mut Entry {
-        let next = self.next;
+        let (next, passed) = (self.next, self.passes);
         let pending = &mut self.pending;
         let entry = self.entries.entry(address).or_insert_with(|| {
-            pending.push(RouteChange::Protect(address));
-            Entry { directory: false, dns_until: None, prohibited_until: None, batch: next }
+            pending.push(RouteChange::named(address, passed));
+            Entry { directory: false, dns_until: None, prohibited_until: None, passed, batch: next }
         });
         if entry.prohibited_until.take().is_some() {
-            pending.push(RouteChange::Protect(address));
+            entry.passed = passed;
+            pending.push(RouteChange::named(address, passed));
             entry.batch = next;
         }
         entry
     }
 
-    /// The directory no longer names `address`: unreachable for a while, then released.
+    /// The ladder says whether an address of the directory is captured or passed.
+    pub fn decide(&mut self, address: IpAddr, captured: bool) {
+        let Some(entry) = self.entries.get_mut(&address).filter(|e| e.directory && e.passed == captured)
+        else {
+            return;
+        };
+        entry.passed = !captured;
+        entry.batch = self.next;
+        self.pending.push(RouteChange::named(address, !captured));
+    }
+
+    /// These connections of the pod end with the next batch.
+    pub fn reset(&mut self, connections: impl IntoIterator<Item = Tuple>) {
+        self.resets.extend(connections);
+    }
+
+    /// The directory no longer names `address`: unreachable for a while, then released. What the platform carried is
+    /// released at once: nothing of it was sealed.
     pub fn remove_from_directory(&mut self, address: IpAddr, now: Now) {
         let Some(entry) = self.entries.get_mut(&address).filter(|e| e.directory) else { return };
         entry.directory = false;
-        entry.prohibited_until = Some(now.instant + PROHIBITED);
         entry.batch = self.next;
+        if entry.passed {
+            entry.dns_until = Some(now.instant);
+            self.from_dns += 1;
+            self.note_deadline(now.instant);
+            return;
+        }
+        entry.prohibited_until = Some(now.instant + PROHIBITED);
         self.pending.push(RouteChange::Prohibit(address));
         self.note_deadline(now.instant + PROHIBITED);
     }
@@ -161,10 +203,22 @@ impl Routing {
         self.deadline = Some(self.deadline.map_or(at, |old| old.min(at)));
     }
 
-    /// Whether the kernel has the address's guard element and route.
+    /// Whether the kernel has the address's guard element and route, or the decision to pass it.
     #[must_use]
     pub fn is_active(&self, address: IpAddr) -> bool {
         self.entries.get(&address).is_some_and(|e| e.prohibited_until.is_none() && e.batch <= self.applied)
+    }
+
+    /// Whether the kernel has the address's guard element and its route into `tenc0`.
+    #[must_use]
+    pub fn is_captured(&self, address: IpAddr) -> bool {
+        self.is_active(address) && !self.is_passed(address)
+    }
+
+    /// Whether the address is passed, or about to be.
+    #[must_use]
+    pub fn is_passed(&self, address: IpAddr) -> bool {
+        self.entries.get(&address).is_some_and(|e| e.passed)
     }
 
     /// Whether the address is protected or about to be.
@@ -176,14 +230,15 @@ impl Routing {
     /// Whether everything wanted so far is in place.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        self.pending.is_empty() && self.in_flight.is_empty() && self.retry.is_none()
+        self.pending.is_empty() && self.resets.is_empty() && self.in_flight.is_empty() && self.retry.is_none()
     }
 
     /// The next batch for the control thread.
     pub fn poll_batch(&mut self) -> Option<Batch> {
-        if self.pending.is_empty() {
+        if self.pending.is_empty() && self.resets.is_empty() {
             return None;
         }
+        let resets = std::mem::take(&mut self.resets);
         let rest = self.pending.split_off(self.pending.len().min(BATCH));
         let changes = std::mem::replace(&mut self.pending, rest);
         let id = self.next;
@@ -195,7 +250,7 @@ impl Routing {
             }
         }
         self.in_flight.insert(id, changes.clone());
-        Some(Batch { id, changes })
+        Some(Batch { id, changes, resets })
     }
 
     /// The control thread finished a batch, or could not.
@@ -225,7 +280,7 @@ impl Routing {
                         if entry.prohibited_until.is_some() {
                             RouteChange::Prohibit(address)
                         } else {
-                            RouteChange::Protect(address)
+                            RouteChange::named(address, entry.passed)
                         }
                     }
                 });
@@ -262,11 +317,15 @@ impl Routing {
 }
 
 impl RouteChange {
+    fn named(address: IpAddr, passed: bool) -> Self {
+        if passed { Self::Pass(address) } else { Self::Protect(address) }
+    }
+
     /// The address it is about.
     #[must_use]
     pub fn address(&self) -> IpAddr {
         match *self {
-            Self::Protect(a) | Self::Prohibit(a) | Self::Release(a) => a,
+            Self::Protect(a) | Self::Pass(a) | Self::Prohibit(a) | Self::Release(a) => a,
         }
     }
 }
@@ -288,7 +347,7 @@ mod tests {
 
     #[test]
     fn an_address_is_active_only_after_its_batch_is_applied() {
-        let (mut routing, now) = (Routing::new(), at(crate::proto::test_start(), 0));
+        let (mut routing, now) = (Routing::new(false), at(crate::proto::test_start(), 0));
         routing.add_from_directory(address(1));
         assert!(routing.is_protected(address(1)) && !routing.is_active(address(1)));
         let batch = routing.poll_batch().unwrap();
@@ -301,7 +360,7 @@ mod tests {
     #[test]
     fn a_failed_batch_is_asked_for_again_and_stays_inactive_until_then() {
         let start = crate::proto::test_start();
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         routing.add_from_directory(address(1));
         let first = routing.poll_batch().unwrap();
         routing.handle_applied(first.id, false, at(start, 0));
@@ -318,7 +377,7 @@ mod tests {
 
     #[test]
     fn large_updates_go_out_in_batches_and_each_address_waits_for_its_own() {
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         for n in 0..1200 {
             routing.add_from_directory(address(n));
         }
@@ -337,7 +396,7 @@ mod tests {
     #[test]
     fn a_removed_address_is_prohibited_for_30_seconds_then_released() {
         let start = crate::proto::test_start();
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         routing.add_from_directory(address(1));
         routing.poll_batch().unwrap();
         routing.remove_from_directory(address(1), at(start, 0));
@@ -352,7 +411,7 @@ mod tests {
     #[test]
     fn what_a_former_agent_protected_stays_closed_until_it_is_named_or_its_time_is_over() {
         let start = crate::proto::test_start();
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         routing.adopt(&[address(1), address(2)], at(start, 0));
         assert!(routing.poll_batch().is_none() && !routing.is_active(address(1)));
         routing.add_from_directory(address(1));
@@ -367,7 +426,7 @@ mod tests {
     #[test]
     fn an_address_that_becomes_exempt_is_released_at_once() {
         let start = crate::proto::test_start();
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         routing.add_from_dns(address(1), Duration::from_secs(3600), at(start, 0)).unwrap();
         routing.poll_batch().unwrap();
         routing.exempt(address(1), at(start, 1));
@@ -378,7 +437,7 @@ mod tests {
     #[test]
     fn an_address_from_dns_lives_its_ttl_but_at_least_60_seconds_and_directory_keeps_it() {
         let start = crate::proto::test_start();
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         routing.add_from_dns(address(1), Duration::from_secs(5), at(start, 0)).unwrap();
         routing.add_from_dns(address(2), Duration::from_secs(5), at(start, 0)).unwrap();
         routing.add_from_directory(address(2));
@@ -391,8 +450,38 @@ mod tests {
     }
 
     #[test]
+    fn below_strict_a_named_address_is_passed_until_it_is_decided_and_either_waits_for_its_batch() {
+        let (mut routing, now) = (Routing::new(true), at(crate::proto::test_start(), 0));
+        routing.add_from_directory(address(1));
+        assert!(!routing.is_active(address(1)));
+        let batch = routing.poll_batch().unwrap();
+        assert_eq!(batch.changes, [RouteChange::Pass(address(1))]);
+        routing.handle_applied(batch.id, true, now);
+        assert!(routing.is_active(address(1)) && !routing.is_captured(address(1)));
+        routing.decide(address(1), false);
+        assert!(routing.poll_batch().is_none(), "nothing changed");
+        routing.decide(address(1), true);
+        assert!(!routing.is_active(address(1)));
+        let batch = routing.poll_batch().unwrap();
+        assert_eq!(batch.changes, [RouteChange::Protect(address(1))]);
+        routing.handle_applied(batch.id, true, now);
+        assert!(routing.is_captured(address(1)));
+    }
+
+    #[test]
+    fn a_passed_address_that_leaves_the_directory_is_released_at_once() {
+        let (mut routing, now) = (Routing::new(true), at(crate::proto::test_start(), 0));
+        routing.add_from_directory(address(1));
+        routing.poll_batch().unwrap();
+        routing.remove_from_directory(address(1), now);
+        routing.handle_timeout(now);
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
+        assert!(!routing.is_protected(address(1)) && routing.from_dns == 0);
+    }
+
+    #[test]
     fn addresses_known_from_dns_are_bounded() {
-        let mut routing = Routing::new();
+        let mut routing = Routing::new(false);
         let now = at(crate::proto::test_start(), 0);
         for n in 0..u32::try_from(DNS_ADDRESSES).unwrap() {
             routing.add_from_dns(address(n), Duration::ZERO, now).unwrap();

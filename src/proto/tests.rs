@@ -9,8 +9,10 @@ use etherparse::{IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice
 use super::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use super::dns::StreamId;
 use super::drop::DropReason;
+use super::ladder::{Mode, Standing};
+use super::nat::Tuple;
 use super::noise::{Identity, Options, PeerKeys, PresharedKey, StaticSecret};
-use super::routing::Batch;
+use super::routing::{Batch, RouteChange};
 use super::{Config, Engine, Now, test_start};
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
@@ -56,7 +58,7 @@ fn vip(address: &str, endpoints: &[&str]) -> Change {
     Change::SetVip(Vip { address: ip(address), ports, client_ip_affinity: false })
 }
 
-fn engine(seed: u8, own: &[IpAddr]) -> Engine {
+fn engine(seed: u8, own: &[IpAddr], mode: Mode) -> Engine {
     Engine::new(Config {
         identities: own.iter().map(|a| Identity { address: *a, secret: secret(*a) }).collect(),
         port: PORT,
@@ -68,6 +70,7 @@ fn engine(seed: u8, own: &[IpAddr]) -> Engine {
         options: Options::default(),
         coalesce: true,
         coalesce_udp: true,
+        mode,
         dns_gate: true,
     })
 }
@@ -77,7 +80,12 @@ struct Node {
     own: Vec<IpAddr>,
     inbox: Vec<(VnetHeader, Vec<u8>)>,
     batches: Vec<Batch>,
+    applied: Vec<Batch>,
     applies: bool,
+    /// No agent: nobody reads the tunnel's port.
+    absent: bool,
+    /// Initiations that nobody read.
+    unread: usize,
 }
 
 struct Network {
@@ -89,11 +97,24 @@ struct Network {
 
 impl Network {
     fn new(pods: &[[&str; 2]]) -> Self {
+        Self::with_mode(pods, Mode::Strict)
+    }
+
+    fn with_mode(pods: &[[&str; 2]], mode: Mode) -> Self {
         let now = Now { instant: test_start(), wall: Duration::from_secs(1_700_000_000) };
         let nodes = pods.iter().enumerate().map(|(n, addresses)| {
             let own: Vec<IpAddr> = addresses.iter().map(|a| ip(a)).collect();
-            let engine = engine(u8::try_from(n).unwrap(), &own);
-            Node { engine, own, inbox: Vec::new(), batches: Vec::new(), applies: true }
+            let engine = engine(u8::try_from(n).unwrap(), &own, mode);
+            Node {
+                engine,
+                own,
+                inbox: Vec::new(),
+                batches: Vec::new(),
+                applied: Vec::new(),
+                applies: true,
+                absent: false,
+                unread: 0,
+            }
         });
         Self { nodes: nodes.collect(), now, wire: Vec::new() }
     }
@@ -150,12 +171,16 @@ impl Network {
                 if node.applies {
                     for batch in std::mem::take(&mut node.batches) {
                         node.engine.handle_applied(batch.id, true, self.now);
+                        node.applied.push(batch);
                         moved = true;
                     }
                 }
                 let mut sent = Vec::new();
                 while let Some(t) = node.engine.poll_transmit() {
                     sent.push((t.to, t.bytes.to_vec(), t.segment));
+                }
+                if self.nodes[n].absent {
+                    sent.clear();
                 }
                 for (to, bytes, segment) in sent {
                     moved = true;
@@ -174,6 +199,10 @@ impl Network {
         let own = |node: &Node| node.own.iter().copied().find(|a| a.is_ipv4() == to.is_ipv4()).unwrap();
         let source = SocketAddr::new(own(&self.nodes[from]), PORT);
         let Some(node) = self.nodes.iter_mut().find(|node| node.own.contains(&to.ip())) else { return };
+        if node.absent {
+            node.unread += usize::from(bytes.first() == Some(&1));
+            return;
+        }
         node.engine.receive_buffer()[..bytes.len()].copy_from_slice(bytes);
         node.engine.handle_datagrams(source, bytes.len(), segment, self.now);
         node.collect();
@@ -669,4 +698,197 @@ fn small_packets_for_one_peer_share_a_send_and_arrive_in_order() {
         })
         .collect();
     assert_eq!(got, (0..80).collect::<Vec<u8>>());
+}
+
+/// Three pods below strict; the third one has no agent at first. The VIP stands before server and third.
+fn half_migrated() -> Network {
+    let mut network = Network::with_mode(&[CLIENT, SERVER, THIRD], Mode::Permissive);
+    network.nodes[2].absent = true;
+    let mut changes = everything();
+    changes.push(vip(VIP[0], &[SERVER[0], THIRD[0]]));
+    for node in 0..2 {
+        network.tell(node, changes.clone());
+    }
+    network.advance(Duration::from_millis(500));
+    network
+}
+
+/// The third pod gets its agent.
+fn migrate(network: &mut Network) {
+    network.nodes[2].absent = false;
+    let mut changes = everything();
+    changes.push(vip(VIP[0], &[SERVER[0], THIRD[0]]));
+    network.tell(2, changes);
+}
+
+impl Network {
+    fn is_captured(&self, node: usize, address: &str) -> bool {
+        self.nodes[node].engine.routing.is_captured(ip(address))
+    }
+
+    /// What the ladder changed in the kernel since it was asked last.
+    fn changes(&mut self, node: usize) -> Vec<RouteChange> {
+        std::mem::take(&mut self.nodes[node].applied).into_iter().flat_map(|batch| batch.changes).collect()
+    }
+}
+
+#[test]
+fn an_able_peer_is_captured_and_one_that_does_not_answer_is_passed() {
+    let network = half_migrated();
+    assert!(network.is_captured(0, SERVER[0]) && network.is_captured(1, CLIENT[0]));
+    assert!(!network.is_captured(0, THIRD[0]));
+    assert!(network.nodes[0].engine.routing.is_passed(ip(THIRD[0])));
+    let standings: BTreeMap<_, _> = network.nodes[0].engine.ladder().collect();
+    assert_eq!(standings[&ip(SERVER[0])], Standing::Able);
+    assert_eq!(standings[&ip(THIRD[0])], Standing::Probing);
+    assert_eq!(standings[&ip(VIP[0])], Standing::Passed);
+    assert_eq!(standings[&ip(VIP[1])], Standing::Captured);
+}
+
+#[test]
+fn a_vip_is_captured_only_while_all_its_ready_endpoints_are_able() {
+    let mut network = half_migrated();
+    assert!(!network.is_captured(0, VIP[0]) && network.is_captured(0, VIP[1]));
+    migrate(&mut network);
+    network.advance(Duration::from_millis(500));
+    assert!(network.is_captured(0, VIP[0]) && network.is_captured(1, VIP[0]));
+    // An endpoint that is not ready does not count, and one without a workload is never able.
+    let Change::SetVip(mut changed) = vip(VIP[0], &[SERVER[0], "10.9.9.9"]) else { panic!() };
+    network.tell(0, vec![Change::SetVip(changed.clone())]);
+    assert!(!network.is_captured(0, VIP[0]));
+    for port in &mut changed.ports {
+        port.endpoints[1].ready = false;
+    }
+    network.tell(0, vec![Change::SetVip(changed)]);
+    assert!(network.is_captured(0, VIP[0]));
+    network.tell(0, vec![vip(VIP[0], &[])]);
+    assert!(!network.is_captured(0, VIP[0]), "nobody would answer");
+    network.tell(0, vec![vip(VIP[0], &[CLIENT[0]])]);
+    assert!(network.is_captured(0, VIP[0]), "our own address counts as able");
+}
+
+#[test]
+fn an_unable_peer_is_asked_three_times_a_second_apart_and_again_after_60_seconds() {
+    let mut network = half_migrated();
+    network.advance(Duration::from_secs(4));
+    network.nodes[2].unread = 0;
+    network.advance(Duration::from_secs(50));
+    assert_eq!(network.nodes[2].unread, 0);
+    network.advance(Duration::from_secs(12));
+    // Client and server, both families.
+    assert_eq!(network.nodes[2].unread, 3 * 4);
+    let standings: BTreeMap<_, _> = network.nodes[0].engine.ladder().collect();
+    assert_eq!(standings[&ip(THIRD[0])], Standing::Unable);
+    migrate(&mut network);
+    network.advance(Duration::from_secs(1));
+    assert!(network.is_captured(0, THIRD[0]), "its own probe made it able");
+}
+
+#[test]
+fn packets_decide_nothing_and_a_peer_that_falls_silent_is_passed_until_a_probe_succeeds() {
+    let mut network = half_migrated();
+    network.changes(0);
+    for port in 4000..4100 {
+        network.capture(0, &udp((CLIENT[0], port), (SERVER[0], 8080), b"CANARY"));
+    }
+    assert_eq!(network.inbox(1).len(), 100);
+    assert_eq!(network.changes(0), []);
+    network.nodes[1].absent = true;
+    for _ in 0..30 {
+        network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"CANARY"));
+        network.advance(Duration::from_secs(1));
+    }
+    let passed: Vec<_> = [SERVER[0], VIP[1]].map(ip).into_iter().collect();
+    let changes = network.changes(0);
+    assert!(changes.contains(&RouteChange::Pass(passed[0])) && !network.is_captured(0, SERVER[0]));
+    assert!(!changes.contains(&RouteChange::Pass(passed[1])), "the other family is able");
+    network.nodes[1].absent = false;
+    network.advance(Duration::from_secs(65));
+    assert!(network.is_captured(0, SERVER[0]));
+    assert!(!network.says(b"CANARY"));
+}
+
+#[test]
+fn a_sealed_flow_stays_sealed_while_its_peer_is_passed_and_its_data_shows_that_the_peer_is_able() {
+    let mut network = half_migrated();
+    network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"CANARY question"));
+    network.inbox(1);
+    let now = network.now;
+    let ladder = network.nodes[1].engine.ladder.as_mut().unwrap();
+    ladder.handle_silent(ip(CLIENT[0]), now);
+    network.nodes[1].engine.settle(now);
+    network.run();
+    assert!(!network.is_captured(1, CLIENT[0]));
+    // Pinned by the control thread, so it is captured still.
+    network.capture(1, &udp((SERVER[0], 8080), (CLIENT[0], 4000), b"CANARY answer"));
+    assert_eq!(read(&network.inbox(0)[0]).2, b"CANARY answer");
+    assert!(!network.is_captured(1, CLIENT[0]));
+    network.nodes[1].applies = false;
+    network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"CANARY known"));
+    assert_eq!(network.inbox(1).len(), 1, "a known flow does not wait for the route");
+    network.capture(0, &udp((CLIENT[0], 4001), (SERVER[0], 8080), b"CANARY new"));
+    assert!(network.inbox(1).is_empty(), "a new one does");
+    network.nodes[1].applies = true;
+    network.run();
+    assert!(network.is_captured(1, CLIENT[0]));
+    assert_eq!(read(&network.inbox(1)[0]).2, b"CANARY new");
+    assert!(!network.says(b"CANARY"));
+}
+
+#[test]
+fn strict_captures_everything_at_once_and_probes_nobody() {
+    let mut network = Network::new(&[CLIENT]);
+    network.tell(0, everything());
+    for address in [SERVER[0], THIRD[1], VIP[0]] {
+        assert!(network.is_captured(0, address));
+    }
+    network.advance(Duration::from_secs(130));
+    assert!(network.wire.is_empty() && network.nodes[0].engine.ladder().next().is_none());
+    assert!(network.changes(0).iter().all(|change| matches!(change, RouteChange::Protect(_))));
+}
+
+#[test]
+fn connections_through_a_vip_to_a_peer_that_leaves_are_reset_by_name() {
+    let mut network = Network::project();
+    network.capture(0, &syn((CLIENT[0], 4000), (VIP[0], 80)));
+    network.capture(0, &syn((CLIENT[0], 4001), (THIRD[0], 80)));
+    network.nodes[0].applied.clear();
+    network.tell(0, vec![Change::RemoveWorkload(ip(SERVER[0]))]);
+    let resets: Vec<_> = network.nodes[0].applied.iter().flat_map(|batch| batch.resets.clone()).collect();
+    let lost = Tuple { protocol: 6, local: (ip(CLIENT[0]), 4000), remote: (ip(VIP[0]), 80) };
+    assert_eq!(resets, [lost]);
+    network.nodes[0].engine.count_destroyed(0, 1);
+    assert_eq!(network.dropped(0, DropReason::PeerGone), 1);
+}
+
+#[test]
+fn where_older_connections_cannot_be_destroyed_their_next_segment_is_refused() {
+    let mut network = Network::project();
+    network.nodes[0].engine.refuse_older_flows([ip(SERVER[0])]);
+    let segment = |port| {
+        let mut out = Vec::new();
+        let built = builder(ip(CLIENT[0]), ip(SERVER[0])).tcp(port, 80, 1000, 64_000).ack(1);
+        built.write(&mut out, b"CANARY").unwrap();
+        out
+    };
+    network.capture(0, &segment(4000));
+    let answer = network.inbox(0).remove(0);
+    let parsed = crate::wire::packet::Packet::parse(&answer).unwrap();
+    assert_eq!(parsed.tcp_flags(&answer), Some(crate::wire::packet::TCP_RST));
+    assert_eq!(network.dropped(0, DropReason::Preexisting), 1);
+    assert!(network.inbox(1).is_empty());
+    network.capture(0, &syn((CLIENT[0], 4000), (SERVER[0], 80)));
+    network.capture(0, &segment(4000));
+    assert_eq!(network.inbox(1).len(), 2, "a new connection is none of them");
+}
+
+#[test]
+fn both_ends_find_out_that_they_cannot_reach_each_other_even_the_one_with_nothing_to_send() {
+    let mut network = half_migrated();
+    network.nodes[0].absent = true;
+    network.advance(Duration::from_secs(70));
+    assert!(!network.is_captured(1, CLIENT[0]) && !network.is_captured(0, SERVER[0]));
+    network.nodes[0].absent = false;
+    network.advance(Duration::from_secs(70));
+    assert!(network.is_captured(1, CLIENT[0]) && network.is_captured(0, SERVER[0]));
 }

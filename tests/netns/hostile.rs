@@ -167,12 +167,7 @@ fn broken_key_file(lab: &Lab) {
 }
 
 fn unbuilt_flags(lab: &Lab) {
-    for (flag, value) in [
-        ("--mode", "audit"),
-        ("--mode", "permissive"),
-        ("--capture", "service-cidr"),
-        ("--no-such-flag", "1"),
-    ] {
+    for (flag, value) in [("--cipher", "aes256gcm"), ("--capture", "service-cidr"), ("--no-such-flag", "1")] {
         let ran = refused(lab, "shop-lone", &with(usual(lab, "shop-lone"), flag, value));
         assert_eq!(ran.code, 2, "{flag} {value}: {}", ran.err);
         assert!(ran.err.contains(flag), "{flag} is not named: {}", ran.err);

@@ -19,6 +19,7 @@ mod dns;
 mod escape;
 mod hostile;
 mod lab;
+mod ladder;
 mod lifecycle;
 mod names;
 mod packets;
@@ -117,6 +118,7 @@ fn main() -> std::process::ExitCode {
         reach::CASES,
         names::CASES,
         hostile::CASES,
+        ladder::CASES,
         lifecycle::CASES,
         watch::CASES,
     ] {

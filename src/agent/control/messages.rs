@@ -12,6 +12,7 @@ use zeroize::ZeroizeOnDrop;
 
 use super::MESSAGE_MAX;
 use crate::proto::directory::{Change, Vip};
+use crate::proto::ladder::Mode;
 use crate::proto::noise::StaticSecret;
 
 /// Room for encoded changes in one [`ToAgent::Changes`]: the rest is the variant and the count.
@@ -124,6 +125,8 @@ pub struct Init {
     pub hold_dns_ports: bool,
     /// How packets from peers are handed to the pod's stack.
     pub inject: Inject,
+    /// The rung of the ladder.
+    pub mode: Mode,
     /// Seed of the engine's random numbers.
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
@@ -252,7 +255,7 @@ impl Init {
         };
         let keys: Vec<_> = self.addresses.iter().map(public).collect();
         let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
-        let said = (keys, network, self.inject, self.rekey_after_s);
+        let said = (keys, network, self.inject, self.mode, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
         Sha256::digest(encoded).into()
     }

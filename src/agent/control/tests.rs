@@ -10,6 +10,7 @@ use rustix::io::{FdFlags, fcntl_getfd};
 use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
 use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
+use crate::proto::ladder::Mode;
 use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
 
 fn init() -> Init {
@@ -33,6 +34,7 @@ fn init() -> Init {
         dns_ports: (20_000, 20_255),
         hold_dns_ports: false,
         inject: Inject::Auto,
+        mode: Mode::Strict,
         seed: Seed([9; 32]),
         rekey_after_s: None,
     }
@@ -113,6 +115,7 @@ fn the_fingerprint_changes_with_what_an_agent_is_told_and_with_nothing_else() {
         Init { addresses: vec![key], ..first.clone() },
         Init { resolvers: Vec::new(), ..first.clone() },
         Init { inject: Inject::Raw, ..first.clone() },
+        Init { mode: Mode::Audit, ..first.clone() },
     ] {
         assert_ne!(first.fingerprint(), other.fingerprint());
     }

@@ -34,6 +34,8 @@ pub(crate) enum Wanted {
     },
     /// A `prohibit` route.
     Prohibit,
+    /// A `throw` route and no twin: the platform carries it.
+    Pass,
     /// The twin; our address of that family is gone, and nothing can be sent from it.
     Twin,
     /// Whatever a former agent left.
@@ -217,6 +219,14 @@ fn route_diff(
             Wanted::Any => continue,
             Wanted::Twin => {
                 want(twin, Object::Route(*to), Tampering::TwinMissing);
+                continue;
+            }
+            Wanted::Pass => {
+                want(
+                    route(RouteType::Throw, destination, METRIC),
+                    Object::Route(*to),
+                    Tampering::RouteMissing,
+                );
                 continue;
             }
             Wanted::Prohibit => route(RouteType::Prohibit, destination, METRIC),

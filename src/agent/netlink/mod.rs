@@ -14,6 +14,7 @@
 
 mod check;
 mod links;
+mod pins;
 mod request;
 mod rules;
 
@@ -34,7 +35,7 @@ pub use self::links::{Link, LinkAddress};
 pub use self::request::{Error, Object};
 use self::request::{Request, Transport};
 use self::rules::Rule;
-pub use self::rules::{Capture, DNS, MARKED, PROTECTED, REST, TUNNEL, UPSTREAM};
+pub use self::rules::{Capture, DNS, MARKED, PINNED, PROTECTED, REST, TUNNEL, UPSTREAM};
 use super::tun::NAME;
 
 /// Mark of the agent's own sockets.
@@ -131,7 +132,8 @@ impl Netlink {
         requests.extend(captures.iter().map(add_rule));
         let stale = self.our_rules()?.into_iter().filter(|message| {
             let rule = Rule::parse(message);
-            !exceptions.iter().chain(&captures).any(|wanted| rule.as_ref() == Some(wanted))
+            rule.as_ref().is_none_or(|rule| rule.pin().is_none())
+                && !exceptions.iter().chain(&captures).any(|wanted| rule.as_ref() == Some(wanted))
         });
         requests.extend(stale.map(delete_rule));
         self.transport.batch(requests)
@@ -199,11 +201,10 @@ impl Netlink {
     /// # Errors
     /// See [`Error`].
     pub fn tear_down(&mut self) -> Result<(), Error> {
-        let (mut captures, mut exceptions): (Vec<_>, Vec<_>) =
-            self.our_rules()?.into_iter().partition(|message| {
-                let captures = |a: &RuleAttribute| matches!(a, RuleAttribute::Priority(DNS | PROTECTED));
-                message.attributes.iter().any(captures)
-            });
+        let (mut captures, mut exceptions): (Vec<_>, Vec<_>) = self
+            .our_rules()?
+            .into_iter()
+            .partition(|message| Rule::parse(message).is_some_and(|rule| rule.captures()));
         let priority = |message: &RuleMessage| {
             message.attributes.iter().find_map(|a| match a {
                 RuleAttribute::Priority(priority) => Some(*priority),

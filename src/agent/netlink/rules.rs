@@ -1,6 +1,7 @@
 //! The routing rules of one pod: which traffic looks into our tables, and which never does.
 //!
 //! ```text
+//!  97: from OWN to ADDRESS ipproto tcp|udp sport P dport Q goto 109 or lookup T53     a flow that keeps its path
 //!  98: to RESOLVER ipproto udp|tcp sport LO-HI dport 53   goto 109   the agent's sockets towards the resolver
 //!  99: ipproto udp sport TUNNEL_PORT                      goto 109   datagrams of the tunnel
 //! 100: fwmark MARK                                        goto 109   the agent's own marked sockets
@@ -9,7 +10,8 @@
 //! 109: nop
 //! ```
 //!
-//! 98 and 99 exist for the reverse look-up of rp_filter, which sees ports (swapped) but no mark.
+//! 98 and 99 exist for the reverse look-up of rp_filter, which sees ports (swapped) but no mark. It sees addresses swapped,
+//! too, so 97 holds for both directions of its flow. The rules 97 come and go with their flows (pins.rs).
 //!
 //! Source: net/core/fib_rules.c; ip-rule(8).
 
@@ -22,7 +24,11 @@ use netlink_packet_route::route::RouteProtocol;
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
 
 use super::{MARK, PROTOCOL, T, T53};
+use crate::proto::nat::Tuple;
+use crate::wire::packet::protocol;
 
+/// Priority of the rules for flows that keep their path.
+pub const PINNED: u32 = 97;
 /// Priority of the rule for the agent's sockets towards the resolver.
 pub const UPSTREAM: u32 = 98;
 /// Priority of the rule for datagrams of the tunnel.
@@ -56,6 +62,7 @@ pub struct Capture {
 pub(super) struct Rule {
     pub(super) priority: u32,
     pub(super) ipv6: bool,
+    from: Option<IpAddr>,
     to: Option<IpAddr>,
     protocol: Option<IpProtocol>,
     source_ports: Option<RangeInclusive<u16>>,
@@ -81,6 +88,7 @@ pub(super) fn wanted(capture: &Capture) -> (Vec<Rule>, Vec<Rule>) {
         let rule = |priority, verdict| Rule {
             priority,
             ipv6,
+            from: None,
             to: None,
             protocol: None,
             source_ports: None,
@@ -120,6 +128,43 @@ pub(super) fn wanted(capture: &Capture) -> (Vec<Rule>, Vec<Rule>) {
 }
 
 impl Rule {
+    /// The rule that keeps a flow of TCP or UDP sealed, or in clear; `None` for other protocols.
+    pub(super) fn pinned(tuple: &Tuple, sealed: bool) -> Option<Self> {
+        Some(Self {
+            priority: PINNED,
+            ipv6: tuple.remote.0.is_ipv6(),
+            from: Some(tuple.local.0),
+            to: Some(tuple.remote.0),
+            protocol: Some(match tuple.protocol {
+                protocol::TCP => IpProtocol::Tcp,
+                protocol::UDP => IpProtocol::Udp,
+                _ => return None,
+            }),
+            source_ports: Some(tuple.local.1..=tuple.local.1),
+            destination_ports: Some(tuple.remote.1..=tuple.remote.1),
+            mark: None,
+            verdict: if sealed { Verdict::Lookup(T53) } else { Verdict::Goto(REST) },
+        })
+    }
+
+    /// The flow that this rule pins, and whether sealed.
+    pub(super) fn pin(&self) -> Option<(Tuple, bool)> {
+        let protocol = match self.protocol? {
+            IpProtocol::Tcp => protocol::TCP,
+            IpProtocol::Udp => protocol::UDP,
+            _ => return None,
+        };
+        let local = (self.from?, *self.source_ports.as_ref()?.start());
+        let remote = (self.to?, *self.destination_ports.as_ref()?.start());
+        let sealed = matches!(self.verdict, Verdict::Lookup(_));
+        (self.priority == PINNED).then_some((Tuple { protocol, local, remote }, sealed))
+    }
+
+    /// Whether packets go into `tenc0` because of it.
+    pub(super) fn captures(&self) -> bool {
+        matches!(self.verdict, Verdict::Lookup(_))
+    }
+
     pub(super) fn message(&self) -> RuleMessage {
         let mut message = RuleMessage::default();
         message.header.family = if self.ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
@@ -137,6 +182,10 @@ impl Rule {
             }
             Verdict::Nop => RuleAction::Nop,
         };
+        if let Some(from) = self.from {
+            message.header.src_len = if from.is_ipv6() { 128 } else { 32 };
+            attributes.push(RuleAttribute::Source(from));
+        }
         if let Some(to) = self.to {
             message.header.dst_len = if to.is_ipv6() { 128 } else { 32 };
             attributes.push(RuleAttribute::Destination(to));
@@ -156,14 +205,15 @@ impl Rule {
     pub(super) fn is_ours(message: &RuleMessage) -> bool {
         let has = |wanted: &dyn Fn(&RuleAttribute) -> bool| message.attributes.iter().any(wanted);
         has(&|a| matches!(a, RuleAttribute::Protocol(p) if u8::from(*p) == PROTOCOL))
-            && has(&|a| matches!(a, RuleAttribute::Priority(p) if (UPSTREAM..=REST).contains(p)))
+            && has(&|a| matches!(a, RuleAttribute::Priority(p) if (PINNED..=REST).contains(p)))
     }
 
-    /// Reads a rule of ours back; `None` for a rule that no version of [`wanted`] makes.
+    /// Reads a rule of ours back; `None` for a rule that no version of [`wanted`] or [`Self::pinned`] makes.
     pub(super) fn parse(message: &RuleMessage) -> Option<Self> {
         let mut rule = Self {
             priority: 0,
             ipv6: message.header.family == AddressFamily::Inet6,
+            from: None,
             to: None,
             protocol: None,
             source_ports: None,
@@ -175,6 +225,7 @@ impl Rule {
         for attribute in &message.attributes {
             match attribute {
                 RuleAttribute::Priority(priority) => rule.priority = *priority,
+                RuleAttribute::Source(from) => rule.from = Some(*from),
                 RuleAttribute::Destination(to) => rule.to = Some(*to),
                 RuleAttribute::IpProtocol(protocol) => rule.protocol = Some(*protocol),
                 RuleAttribute::SourcePortRange(r) => rule.source_ports = Some(r.start..=r.end),
@@ -182,9 +233,7 @@ impl Rule {
                 RuleAttribute::FwMark(mark) if *mark != 0 => rule.mark = Some(*mark),
                 RuleAttribute::Goto(to) => target = Some(*to),
                 RuleAttribute::Table(number) => table = *number,
-                RuleAttribute::Source(_) | RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) => {
-                    return None;
-                }
+                RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) => return None,
                 _ => {}
             }
         }
@@ -218,6 +267,21 @@ mod tests {
             assert!(Rule::is_ours(&rule.message()));
             assert_eq!(Rule::parse(&rule.message()), Some(rule));
         }
+    }
+
+    #[test]
+    fn a_pin_is_read_back_as_the_flow_that_it_keeps() {
+        for (local, remote) in [("10.0.0.2", "10.0.0.3"), ("fd00::2", "fd00::3")] {
+            let (local, remote) = ((local.parse().unwrap(), 4000), (remote.parse().unwrap(), 80));
+            for (protocol, sealed) in [(protocol::TCP, true), (protocol::UDP, false)] {
+                let tuple = Tuple { protocol, local, remote };
+                let message = Rule::pinned(&tuple, sealed).unwrap().message();
+                assert!(Rule::is_ours(&message));
+                assert_eq!(Rule::parse(&message).unwrap().pin(), Some((tuple, sealed)));
+            }
+            assert_eq!(Rule::pinned(&Tuple { protocol: protocol::ICMP, local, remote }, true), None);
+        }
+        assert!(wanted(&capture()).0.iter().all(|rule| rule.pin().is_none() && rule.priority > PINNED));
     }
 
     #[test]

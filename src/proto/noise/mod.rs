@@ -250,6 +250,20 @@ impl Transport {
         }
     }
 
+    /// Sends one initiation to `peer` to learn whether it answers, without retries and without wanting to send.
+    pub fn probe(&mut self, peer: PeerId, now: Now) {
+        if let Some(peer) = self.peers.get_mut(peer) {
+            peer.probe(&mut self.shared, now);
+        }
+    }
+
+    /// The last [`Self::probe`] was not answered, and its answer is not waited for any more.
+    pub fn forget_probe(&mut self, peer: PeerId) {
+        if let Some(peer) = self.peers.get_mut(peer) {
+            peer.forget_probe(&mut self.shared);
+        }
+    }
+
     /// The session to seal a burst of data with, if there is one. Starts a handshake when it is time to rekey.
     pub fn seal(&mut self, peer: PeerId, now: Now) -> Option<Sealer<'_>> {
         self.peers.get_mut(peer)?.seal(&mut self.shared, now)

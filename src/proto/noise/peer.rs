@@ -176,6 +176,22 @@ impl Peer {
         self.reschedule(shared);
     }
 
+    /// Asks once whether the peer is there, whatever sessions there are; an attempt under way asks by itself.
+    pub(super) fn probe(&mut self, shared: &mut Shared, now: Now) {
+        if self.attempt.is_none() {
+            self.send_initiation(shared, now);
+        }
+    }
+
+    /// Forgets what [`Self::probe`] sent.
+    pub(super) fn forget_probe(&mut self, shared: &mut Shared) {
+        if self.attempt.is_none()
+            && let Some(initiation) = self.initiation.take()
+        {
+            shared.indices.remove(initiation.index);
+        }
+    }
+
     /// The session to seal with, and the decision whether it is time for the next one.
     pub(super) fn seal<'a>(&'a mut self, shared: &mut Shared, now: Now) -> Option<Sealer<'a>> {
         if !self.is_sendable(shared, now) {
@@ -311,7 +327,10 @@ impl Peer {
         while let Some(timer) = self.timers.take_due(now.instant) {
             match timer {
                 Timer::Expire => self.expire(shared, now),
-                Timer::NoReply => self.start_attempt(shared, now),
+                Timer::NoReply => {
+                    self.start_attempt(shared, now);
+                    self.timers.set_if_unset(Timer::Silent, now.instant + shared.options.silent_after);
+                }
                 Timer::GiveUp => self.give_up(shared),
                 Timer::Retry => self.retry(shared, now),
                 Timer::Silent => shared.events.push_back(Event::Silent(self.id)),

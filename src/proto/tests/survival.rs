@@ -48,7 +48,7 @@ impl Journal {
 
 /// A successor's seed for indices and keys is its own; that for endpoint choice is its predecessor's.
 fn successor(node: &Node, number: u8) -> Engine {
-    let mut new = engine(200 + number, &node.own);
+    let mut new = engine(200 + number, &node.own, Mode::Strict);
     new.balance_seed = node.engine.balance_seed;
     new
 }
