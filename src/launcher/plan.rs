@@ -19,7 +19,7 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::directory::file::{FileSource, Manifests, SourceError};
-use super::guard::Skeleton;
+use super::guard::{Gate, Skeleton};
 use super::keys::{KeyError, ProjectKey, Suite};
 use super::pod::network::{NetworkError, PodNetwork};
 use super::pod::resolv::{ResolvConf, ResolvError};
@@ -27,6 +27,7 @@ use super::pod::{self, PodError, PodNetns, Target};
 use crate::agent::control::{self, Carried, Init, OwnAddress, Place, Seed, ToAgent};
 use crate::cli;
 use crate::proto::directory::Change;
+use crate::proto::ladder::Mode;
 
 /// Everything that is known before anything is changed.
 pub(super) struct Plan {
@@ -73,7 +74,9 @@ impl Plan {
         let resolvers = capturable(&resolv, &addresses);
         let init = init(arguments, &netns, &network, &addresses, resolv.zone, &resolvers, &key);
         let skeleton = Skeleton {
-            device: network.interface.as_str().try_into().map_err(Failure::usage)?,
+            mode: Mode::Strict,
+            gate: Gate::Open,
+            device: Some(network.interface.as_str().try_into().map_err(Failure::usage)?),
             tunnel_port: arguments.port,
             resolvers: resolvers.clone(),
             dns_ports: network.dns_ports.range.clone(),

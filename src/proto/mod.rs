@@ -31,6 +31,7 @@ pub mod drop;
 pub mod handover;
 pub mod inbound;
 pub mod journal;
+pub mod ladder;
 pub mod mtu;
 pub mod nat;
 pub mod noise;
