@@ -17,6 +17,7 @@
 
 mod dns;
 mod escape;
+mod guard;
 mod hostile;
 mod lab;
 mod lifecycle;
@@ -110,9 +111,15 @@ fn main() -> std::process::ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
     let mut cases: Vec<(u8, &'static Case)> = Vec::new();
-    for group in
-        [untouched::CASES, escape::CASES, reach::CASES, names::CASES, hostile::CASES, lifecycle::CASES]
-    {
+    for group in [
+        untouched::CASES,
+        escape::CASES,
+        guard::CASES,
+        reach::CASES,
+        names::CASES,
+        hostile::CASES,
+        lifecycle::CASES,
+    ] {
         cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
     }
     // The strictest value first; within a lab, agents change as seldom as they can.
