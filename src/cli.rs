@@ -26,7 +26,7 @@ const PLANNED_COMMANDS: [&str; 9] =
     ["node", "status", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
 
 /// Flags of `launch` that are planned.
-const PLANNED_FLAGS: [&str; 4] = ["--cipher", "--capture", "--guard-first", "--config"];
+const PLANNED_FLAGS: [&str; 3] = ["--cipher", "--capture", "--config"];
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +125,9 @@ pub struct Launch {
     /// How packets from peers are handed to the pod's stack.
     #[arg(long, value_name = "WAY", value_enum, default_value_t = InjectWay::Auto)]
     pub inject: InjectWay,
+    /// Close the pod first, before anything else is known, and open it when it is protected.
+    #[arg(long)]
+    pub guard_first: bool,
     /// Rekey sooner than the protocol's 120 s. For tests.
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub rekey_after: Option<u64>,
@@ -270,12 +273,13 @@ mod tests {
 
     #[test]
     fn launch_takes_every_flag_of_its_grammar() {
-        let got =
-            launch("--project shop --port 4500 --resolv-conf r --inject raw --mode audit --rekey-after 2");
+        let got = launch(
+            "--project shop --port 4500 --resolv-conf r --inject raw --mode audit --guard-first --rekey-after 2",
+        );
         assert_eq!((got.netns.as_str(), got.project.as_deref(), got.port), ("pod", Some("shop"), 4500));
         assert_eq!(
-            (got.resolv_conf, got.inject, got.mode, got.rekey_after),
-            (Some("r".into()), InjectWay::Raw, Rung::Audit, Some(2))
+            (got.resolv_conf, got.inject, got.mode, got.guard_first, got.rekey_after),
+            (Some("r".into()), InjectWay::Raw, Rung::Audit, true, Some(2))
         );
     }
 
@@ -284,6 +288,7 @@ mod tests {
         let got = launch("");
         assert_eq!((got.project, got.port, got.inject), (None, 51_820, InjectWay::Auto));
         assert_eq!(Mode::from(got.mode), Mode::Strict);
+        assert!(!got.guard_first);
         for missing in ["--netns pod ", "--project-key-file k ", "--directory d"] {
             let (exit, text) = refused(LAUNCH.replace(missing, "").trim_end());
             assert_eq!(exit, Exit::Usage);

@@ -3,7 +3,8 @@
 //! `tencrypt launch`, in order:
 //!
 //! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
-//! 2. the pod's runtime files (`runtime`): a second launcher is refused
+//! 2. the pod's runtime files (`runtime`): a second launcher is refused. With `--guard-first` both come after the pod was
+//!    closed (`gate`)
 //! 3. the guard's skeleton, then the agent (`supervisor`): the one that runs already, or a new one
 //! 4. `protected …` on standard output
 //! 5. changes of the directory go to the agent, an agent that ended is replaced, until a signal or the namespace's end
@@ -25,6 +26,7 @@ use crate::cli::{self, Exit};
 
 pub mod directory;
 pub mod dns_helper;
+mod gate;
 pub mod guard;
 pub mod keys;
 mod plan;
@@ -33,9 +35,10 @@ pub mod process;
 pub mod runtime;
 mod supervisor;
 
-use guard::Loaded;
+use gate::Closed;
+use guard::{Gate, Loaded};
 use plan::Plan;
-use pod::PodError;
+use pod::{PodError, PodNetns};
 use process::Stop;
 use runtime::{RUN_DIR, Runtime, RuntimeError};
 use supervisor::{End, Supervisor};
@@ -153,8 +156,17 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     // From here on a signal is an orderly stop, also during bring-up.
     let mut signals = Signals::new().context("cannot handle signals").map_err(Failure::kernel)?;
     runtime::sweep(Path::new(RUN_DIR));
-    let mut plan = Plan::make(arguments)?;
-    let runtime = take_runtime(&plan)?;
+    let (mut plan, runtime) = if arguments.guard_first {
+        let closed = Closed::close(arguments)?;
+        match closed.wait(arguments, &mut signals).await? {
+            Some(plan) => (plan, closed.runtime),
+            None => return Ok(Exit::Good),
+        }
+    } else {
+        let plan = Plan::make(arguments)?;
+        let runtime = take_runtime(&plan.netns)?;
+        (plan, runtime)
+    };
     // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open it.
     // Looked at before the load: one that fails half way is removed too.
     let found_guard = guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
@@ -202,9 +214,9 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     }
 }
 
-fn take_runtime(plan: &Plan) -> Result<Runtime, Failure> {
-    let cookie = plan.netns.cookie().map_err(Failure::coded(PodError::exit_code))?;
-    Runtime::take(Path::new(RUN_DIR), cookie, &plan.netns.owner()).map_err(|error| match error {
+fn take_runtime(netns: &PodNetns) -> Result<Runtime, Failure> {
+    let cookie = netns.cookie().map_err(Failure::coded(PodError::exit_code))?;
+    Runtime::take(Path::new(RUN_DIR), cookie, &netns.owner()).map_err(|error| match error {
         RuntimeError::Taken { .. } => Failure::usage(error),
         _ => Failure::kernel(error),
     })
@@ -221,7 +233,11 @@ async fn bring_up(supervisor: &mut Supervisor<'_>) -> Result<(), Failure> {
             warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
         }
     }
-    supervisor.start().await
+    supervisor.start().await?;
+    if supervisor.plan.skeleton.gate == Gate::Closed {
+        supervisor.open_gate().map_err(Failure::kernel)?;
+    }
+    Ok(())
 }
 
 /// Removes everything in reverse; the guard last, and only if nothing else is left and it is ours to remove.

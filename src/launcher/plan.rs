@@ -19,7 +19,7 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::directory::file::{FileSource, Manifests, SourceError};
-use super::guard::Skeleton;
+use super::guard::{Gate, Skeleton};
 use super::keys::{KeyError, ProjectKey, Suite};
 use super::pod::network::{NetworkError, PodNetwork};
 use super::pod::resolv::{ResolvConf, ResolvError};
@@ -73,7 +73,9 @@ impl Plan {
         let resolvers = capturable(&resolv, &addresses);
         let init = init(arguments, &netns, &network, &addresses, resolv.zone, &resolvers, &key);
         let skeleton = Skeleton {
-            device: network.interface.as_str().try_into().map_err(Failure::usage)?,
+            mode: arguments.mode.into(),
+            gate: if arguments.guard_first { Gate::Closed } else { Gate::Open },
+            device: Some(network.interface.as_str().try_into().map_err(Failure::usage)?),
             tunnel_port: arguments.port,
             resolvers: resolvers.clone(),
             dns_ports: network.dns_ports.range.clone(),

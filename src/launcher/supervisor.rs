@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::dns_helper::{self, DnsHelper};
-use super::guard;
+use super::guard::{self, Gate};
 use super::plan::Plan;
 use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
 use super::runtime::Runtime;
@@ -275,6 +275,17 @@ impl<'a> Supervisor<'a> {
             // It asks again.
             Err(error) => warn!(error = super::process::describe(&error), "the guard cannot be loaded again"),
         }
+    }
+
+    /// Opens what `--guard-first` closed; the agent takes the rules for the right ones.
+    ///
+    /// # Errors
+    /// nft refused: the pod stays closed.
+    pub(super) fn open_gate(&mut self) -> Result<(), guard::Error> {
+        self.plan.skeleton.gate = Gate::Open;
+        guard::load(&self.plan.netns_fd, &self.plan.skeleton)?;
+        self.queue.push_back(ToAgent::GuardLoaded);
+        Ok(())
     }
 
     /// Asks for a sign of life; an agent that gave none for a while is replaced.

@@ -17,6 +17,7 @@
 
 mod dns;
 mod escape;
+mod guard;
 mod hostile;
 mod lab;
 mod ladder;
@@ -115,6 +116,7 @@ fn main() -> std::process::ExitCode {
     for group in [
         untouched::CASES,
         escape::CASES,
+        guard::CASES,
         reach::CASES,
         names::CASES,
         hostile::CASES,

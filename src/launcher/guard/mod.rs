@@ -1,14 +1,19 @@
 //! The guard's skeleton: nft tables of our own in the pod's namespace, which outlive agent and launcher.
 //!
-//! 1. [`ruleset`] writes two tables as plain nft text, one for `inet` hooks and one for the device's egress
+//! 1. [`ruleset()`] writes two tables as plain nft text, one for `inet` hooks and one for the device's egress
 //! 2. [`load`] hands it to the `nft` program inside the pod's namespace: one transaction, all or nothing
 //! 3. the agent fills the sets ([`crate::agent::guard`]); loading again replaces rules and keeps sets, elements, counters
-//! 4. [`remove`] deletes both tables, in one transaction
+//! 4. [`would_drops`] reads what permissive and audit mode let pass, [`listing`] shows whether rules are as they were
+//! 5. [`remove`] deletes both tables, in one transaction
 //!
 //! What it promises in strict mode, whoever sends, by whatever route: to a protected address only datagrams of the tunnel
 //! leave, and port 53 of a resolver is reached by the agent's sockets alone; from a protected address only datagrams of the
 //! tunnel come in. Neighbour discovery and ICMP errors that quote the tunnel pass. What is not from or to a protected address
-//! or a resolver is never touched. Every refusal has a named counter.
+//! or a resolver is never touched. Every refusal has a named counter. In permissive and audit mode the same packets pass,
+//! are counted, and their flows are recorded for ten minutes.
+//!
+//! A closed gate lets pass the agent's own datagrams and queries, the answers to them, neighbour discovery and ARP; nothing
+//! else, whether protected or not.
 //!
 //! Hooks: postrouting 300 sees what the stack sends, whole; egress sees every frame, those of packet sockets included;
 //! prerouting -450 sees what comes in before fragments are put together.
@@ -25,10 +30,12 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-use crate::agent::guard::{SET4, SET6, TABLE};
-use crate::agent::netlink::MARK;
-use crate::agent::tun;
+pub use self::ruleset::ruleset;
+use crate::agent::guard::TABLE;
+use crate::proto::ladder::Mode;
 use crate::sys::exec::in_network_namespace;
+
+mod ruleset;
 
 /// Where the program is looked for when PATH does not have it: sudo and service managers often leave these out.
 const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
@@ -36,14 +43,28 @@ const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
 /// What the guard of one pod depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skeleton {
-    /// The pod's real device.
-    pub device: DeviceName,
+    /// What becomes of what may not pass.
+    pub mode: Mode,
+    /// Whether what is nobody's business passes.
+    pub gate: Gate,
+    /// The pod's real device; before it is known its egress is not guarded.
+    pub device: Option<DeviceName>,
     /// UDP port of the tunnel, ours and every peer's.
     pub tunnel_port: u16,
     /// Resolvers whose port 53 is captured.
     pub resolvers: Vec<IpAddr>,
     /// LO-HI: the ports of the agent's own sockets towards the resolvers.
     pub dns_ports: RangeInclusive<u16>,
+}
+
+/// Whether the pod speaks at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Gate {
+    /// What is neither protected nor a resolver passes.
+    #[default]
+    Open,
+    /// Nothing passes but what the agent needs to protect the pod.
+    Closed,
 }
 
 /// A device name that can stand in a ruleset between quotes.
@@ -86,8 +107,13 @@ pub enum Error {
         stderr: String,
     },
     /// nft printed what cannot be read.
-    #[error("cannot read nft's list of counters")]
-    Counters(#[source] serde_json::Error),
+    #[error("cannot read nft's list of {what}")]
+    Output {
+        /// What was listed.
+        what: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
     /// A device name that is no plain word.
     #[error("device name {0:?} has characters that the guard cannot hold")]
     Device(String),
@@ -96,7 +122,7 @@ pub enum Error {
 /// How much of the skeleton the kernel took.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Loaded {
-    /// Both tables.
+    /// All that was asked for.
     Full,
     /// The inet table alone: frames of packet sockets are not guarded. Holds what nft said (egress hooks came with 5.16).
     WithoutEgress(String),
@@ -109,6 +135,19 @@ pub struct Count {
     pub packets: u64,
     /// Bytes.
     pub bytes: u64,
+}
+
+/// A flow that strict mode would drop, as its packets look at the hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WouldDrop {
+    /// Who sent.
+    pub source: IpAddr,
+    /// To whom.
+    pub destination: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Source and destination port, where the packet showed any: later fragments do not.
+    pub ports: Option<(u16, u16)>,
 }
 
 /// What nft says where the kernel, or nft itself, has no egress hook. Any other refusal is an error: the guard is never
@@ -164,114 +203,39 @@ pub fn remove(netns: &OwnedFd) -> Result<(), Error> {
 /// See [`Error`].
 pub fn counters(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
     parse_counters(&nft(netns, "list the counters of", &["-j", "list", "counters"], "")?)
-        .map_err(Error::Counters)
+        .map_err(|source| Error::Output { what: "counters", source })
 }
 
-/// The skeleton as text for `nft -f`; `egress` adds the table at the device's egress.
+/// What permissive and audit mode let pass in the last ten minutes though strict would not, sorted.
 ///
-/// `flush table` removes rules and keeps chains, sets, elements and counters, so the text can be loaded again at any time.
-#[must_use]
-pub fn ruleset(skeleton: &Skeleton, egress: bool) -> String {
-    let Skeleton { device, tunnel_port, resolvers, dns_ports } = skeleton;
-    let (lo, hi) = (dns_ports.start(), dns_ports.end());
-    let resolver_rules = resolvers.iter().fold(String::new(), |mut text, resolver| {
-        let family = if resolver.is_ipv4() { "ip" } else { "ip6" };
-        write!(
-            text,
-            "\n        {family} daddr {resolver} meta l4proto {{ tcp, udp }} th dport 53 goto resolver"
-        )
-        .expect("a string");
-        text
-    });
-    // What passes in both directions besides the tunnel.
-    let control = format!(
-        "        # Neighbour discovery.
-        icmpv6 type 133-137 ip6 hoplimit 255 accept
-        # ICMP errors that quote a datagram of the tunnel, which came from and went to its port: without IPv4 options, as they are sent.
-        icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} @th,64,8 0x45 @th,136,8 17 @th,224,16 {tunnel_port} @th,240,16 {tunnel_port} accept
-        icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} @th,112,8 17 @th,384,16 {tunnel_port} @th,400,16 {tunnel_port} accept"
-    );
-    // Both tables have the same outbound rules; only counter and hook differ.
-    let outbound = |counter: &str, base: &str| {
-        format!(
-            "
-    set {SET4} {{ type ipv4_addr; }}
-    set {SET6} {{ type ipv6_addr; }}
-    counter {counter} {{ }}
-    counter dns_escaped {{ }}
-
-    # Everything that leaves for a protected address.
-    chain outbound {{
-        # Datagrams of the tunnel: marked by the agent, of one of the protocol's four message types.
-        meta mark {MARK:#x} meta l4proto udp udp sport {tunnel_port} @th,64,32 {{ 0x01000000, 0x02000000, 0x03000000, 0x04000000 }} accept
-{control}
-        counter name {counter} drop
-    }}
-
-    # Everything that leaves for port 53 of a resolver.
-    chain resolver {{
-        meta mark {MARK:#x} th sport {lo}-{hi} accept
-        counter name dns_escaped drop
-    }}
-
-{base}
-        ip daddr @{SET4} goto outbound
-        ip6 daddr @{SET6} goto outbound{resolver_rules}
-    }}"
-        )
-    };
-    let postrouting = format!(
-        "    chain postrouting {{
-        type filter hook postrouting priority 300; policy accept;
-        oifname {{ \"lo\", \"{}\" }} accept",
-        tun::NAME
-    );
-    let mut text = format!(
-        "add table inet {TABLE}
-flush table inet {TABLE}
-table inet {TABLE} {{{}
-
-    counter inbound {{ }}
-
-    # Everything that comes from a protected address.
-    chain inbound {{
-        # A datagram of the tunnel is never a fragment.
-        ip frag-off & 0x3fff != 0 counter name inbound drop
-        exthdr frag exists counter name inbound drop
-        meta l4proto udp udp sport {tunnel_port} udp dport {tunnel_port} accept
-{control}
-        counter name inbound drop
-    }}
-
-    chain prerouting {{
-        type filter hook prerouting priority -450; policy accept;
-        iifname {{ \"lo\", \"{}\" }} accept
-        ip saddr @{SET4} goto inbound
-        ip6 saddr @{SET6} goto inbound
-    }}
-}}
-",
-        outbound("outbound_postrouting", &postrouting),
-        tun::NAME
-    );
-    if egress {
-        let base = format!(
-            "    chain egress {{
-        type filter hook egress device \"{device}\" priority 0; policy accept;"
-        );
-        write!(
-            text,
-            "
-add table netdev {TABLE}
-flush table netdev {TABLE}
-table netdev {TABLE} {{{}
-}}
-",
-            outbound("outbound_egress", &base)
-        )
-        .expect("a string");
+/// # Errors
+/// See [`Error`].
+pub fn would_drops(netns: &OwnedFd) -> Result<Vec<WouldDrop>, Error> {
+    let mut records = Vec::new();
+    // nft 1.0.6 finds one set per run.
+    for set in ruleset::RECORDS {
+        let json = nft(netns, "list the records of", &["-n", "-j", "list", "set", "inet", TABLE, set], "")?;
+        records.extend(parse_records(&json).map_err(|source| Error::Output { what: "records", source })?);
     }
-    text
+    records.sort_unstable();
+    Ok(records)
+}
+
+/// Both tables as nft prints them, without elements of sets and values of counters: equal as long as nobody changed them.
+/// A table that is not there adds nothing.
+///
+/// # Errors
+/// See [`Error`].
+pub fn listing(netns: &OwnedFd) -> Result<String, Error> {
+    let mut text = String::new();
+    for family in ["inet", "netdev"] {
+        match nft(netns, "list", &["-s", "-t", "list", "table", family, TABLE], "") {
+            Ok(table) => text += &table,
+            Err(Error::Refused { stderr, .. }) if stderr.contains("No such file or directory") => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(text)
 }
 
 /// Runs nft in `netns` with `input` on its standard input; returns its standard output.
@@ -331,45 +295,55 @@ fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Err
     Ok(counts)
 }
 
+fn parse_records(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
+    #[derive(Deserialize)]
+    struct Output {
+        nftables: Vec<Object>,
+    }
+    #[derive(Deserialize)]
+    struct Object {
+        set: Option<Set>,
+    }
+    #[derive(Deserialize)]
+    struct Set {
+        #[serde(default)]
+        elem: Vec<Element>,
+    }
+    // Under `elem` stands an element with a time.
+    #[derive(Deserialize)]
+    struct Element {
+        elem: Timed,
+    }
+    #[derive(Deserialize)]
+    struct Timed {
+        val: Value,
+    }
+    #[derive(Deserialize)]
+    struct Value {
+        concat: Key,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Key {
+        Ports(IpAddr, IpAddr, u8, u16, u16),
+        Portless(IpAddr, IpAddr, u8),
+    }
+    let output: Output = serde_json::from_str(json)?;
+    let elements = output.nftables.into_iter().filter_map(|object| object.set).flat_map(|set| set.elem);
+    let record = |element: Element| match element.elem.val.concat {
+        Key::Ports(source, destination, protocol, from, to) => {
+            WouldDrop { source, destination, protocol, ports: Some((from, to)) }
+        }
+        Key::Portless(source, destination, protocol) => {
+            WouldDrop { source, destination, protocol, ports: None }
+        }
+    };
+    Ok(elements.map(record).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn skeleton() -> Skeleton {
-        Skeleton {
-            device: "eth0".try_into().unwrap(),
-            tunnel_port: 51820,
-            resolvers: vec!["10.96.0.10".parse().unwrap(), "fd96::10".parse().unwrap()],
-            dns_ports: 61000..=62023,
-        }
-    }
-
-    #[test]
-    fn every_drop_has_a_named_counter() {
-        let text = ruleset(&skeleton(), true);
-        for line in text.lines().filter(|line| line.ends_with("drop")) {
-            assert!(line.contains("counter name "), "{line}");
-        }
-    }
-
-    #[test]
-    fn a_reload_never_deletes_a_table_or_a_set() {
-        let text = ruleset(&skeleton(), true);
-        assert!(!text.contains("delete") && !text.contains("destroy") && !text.contains("flush set"));
-    }
-
-    #[test]
-    fn every_resolver_is_guarded_in_both_tables() {
-        let text = ruleset(&skeleton(), true);
-        for rule in ["ip daddr 10.96.0.10 meta", "ip6 daddr fd96::10 meta"] {
-            assert_eq!(text.matches(rule).count(), 2, "{rule}");
-        }
-    }
-
-    #[test]
-    fn without_egress_there_is_one_table() {
-        assert!(!ruleset(&skeleton(), false).contains("netdev"));
-    }
 
     #[test]
     fn a_device_name_that_could_end_its_quotes_is_refused() {
@@ -398,5 +372,28 @@ mod tests {
         assert_eq!(counts.len(), 1);
         assert_eq!(counts["dns_escaped"], Count { packets: 3, bytes: 120 });
         assert!(parse_counters("").is_err());
+    }
+
+    #[test]
+    fn records_are_read_with_and_without_ports_and_unknown_forms_are_errors() {
+        let list = |elements: &str| {
+            format!(
+                r#"{{"nftables":[{{"metainfo":{{"version":"1.0.6","json_schema_version":1}}}},{{"set":{{"family":"inet","name":"would_drop4","table":"tencrypt","handle":5,"flags":["timeout"],"timeout":600{elements}}}}}]}}"#
+            )
+        };
+        assert_eq!(parse_records(&list("")).unwrap(), []);
+        let got = parse_records(&list(
+            r#","elem":[{"elem":{"val":{"concat":["10.0.0.1","10.0.0.2",17,36011,99]},"expires":599}},{"elem":{"val":{"concat":["fd00::1","fd00::2",58]},"expires":1}}]"#,
+        ));
+        let flow = |source: &str, destination: &str, protocol, ports| WouldDrop {
+            source: source.parse().unwrap(),
+            destination: destination.parse().unwrap(),
+            protocol,
+            ports,
+        };
+        let expected =
+            [flow("10.0.0.1", "10.0.0.2", 17, Some((36011, 99))), flow("fd00::1", "fd00::2", 58, None)];
+        assert_eq!(got.unwrap(), expected);
+        assert!(parse_records(&list(r#","elem":[{"elem":{"val":{"concat":["10.0.0.1"]}}}]"#)).is_err());
     }
 }

@@ -1,0 +1,273 @@
+//! The guard alone, without an agent: its modes and its gate, loaded over one another in place.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::{IpAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use tencrypt::agent::netlink::MARK;
+use tencrypt::launcher::guard::{self, Gate, Loaded, Skeleton, WouldDrop};
+use tencrypt::proto::ladder::Mode;
+
+use crate::Case;
+use crate::lab::{Agents, Lab, RESOLVER, TUNNEL_PORT};
+use crate::packets::{self, CANARY};
+use crate::pod::Pod;
+
+/// The cases of this file.
+pub const CASES: &[Case] = &[
+    Case::new("promise_2_modes_of_the_guard_replace_each_other_in_place", modes)
+        .agents(Agents::Off)
+        .looks_itself(),
+    Case::new("promise_2_a_closed_gate_passes_only_what_the_agent_needs", gate)
+        .agents(Agents::Off)
+        .looks_itself(),
+    Case::new("promise_2_nothing_slips_through_while_the_gate_opens", opening)
+        .agents(Agents::Off)
+        .looks_itself(),
+];
+
+/// A port nobody in the lab serves.
+const PORT: u16 = 7117;
+const QUIET: Duration = Duration::from_millis(300);
+
+/// The guard of one pod; removed at the end, also of a test that fails.
+struct Guarded<'l> {
+    pod: &'l Pod,
+    netns: OwnedFd,
+}
+
+impl<'l> Guarded<'l> {
+    fn new(lab: &'l Lab, pod: &str) -> Self {
+        let pod = lab.pod(pod);
+        Self { pod, netns: File::open(&pod.netns).expect("a namespace").into() }
+    }
+
+    fn skeleton(&self, mode: Mode, gate: Gate) -> Skeleton {
+        Skeleton {
+            mode,
+            gate,
+            device: Some(self.pod.device.as_str().try_into().expect("a name")),
+            tunnel_port: TUNNEL_PORT,
+            resolvers: vec![RESOLVER.into()],
+            dns_ports: 61000..=61999,
+        }
+    }
+
+    fn load(&self, mode: Mode, gate: Gate) {
+        let loaded = guard::load(&self.netns, &self.skeleton(mode, gate)).expect("nft takes it");
+        assert_eq!(loaded, Loaded::Full);
+    }
+
+    fn protect(&self, addresses: [IpAddr; 2]) {
+        for family in ["inet", "netdev"] {
+            for (set, address) in ["protected4", "protected6"].iter().zip(addresses) {
+                self.nft(&format!("add element {family} tencrypt {set} {{ {address} }}"));
+            }
+        }
+    }
+
+    fn nft(&self, command: &str) {
+        let ran = self.pod.enter(|| Command::new("nft").arg(command).output().expect("nft"));
+        assert!(ran.status.success(), "{command}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+
+    /// Packets of the counters that are not zero.
+    fn counted(&self) -> BTreeMap<String, u64> {
+        let counters = guard::counters(&self.netns).expect("counters");
+        counters.into_iter().filter(|(_, c)| c.packets > 0).map(|(name, c)| (name, c.packets)).collect()
+    }
+
+    fn records(&self) -> Vec<WouldDrop> {
+        guard::would_drops(&self.netns).expect("records")
+    }
+}
+
+impl Drop for Guarded<'_> {
+    fn drop(&mut self) {
+        let removed = guard::remove(&self.netns);
+        if !thread::panicking() {
+            removed.expect("the guard goes");
+        }
+    }
+}
+
+/// How many of `n` datagrams arrive.
+fn arrived(from: &UdpSocket, to: &UdpSocket, n: usize) -> usize {
+    let address = to.local_addr().expect("an address");
+    for _ in 0..n {
+        // EPERM is how a drop at postrouting looks.
+        let _ = from.send_to(CANARY, address);
+    }
+    to.set_read_timeout(Some(QUIET)).expect("time-out");
+    (0..n).take_while(|_| to.recv(&mut [0; 2048]).is_ok()).count()
+}
+
+fn flow(from: &UdpSocket, to: &UdpSocket) -> WouldDrop {
+    let (from, to) = (from.local_addr().expect("an address"), to.local_addr().expect("an address"));
+    WouldDrop { source: from.ip(), destination: to.ip(), protocol: 17, ports: Some((from.port(), to.port())) }
+}
+
+fn modes(lab: &Lab) {
+    let guarded = Guarded::new(lab, "shop-client");
+    let (peer, stranger) = (lab.pod("shop-web1"), lab.pod("bank-server"));
+    guarded.load(Mode::Strict, Gate::Open);
+    let listing = guard::listing(&guarded.netns).expect("a listing");
+    assert!(listing.contains("table inet tencrypt") && listing.contains("table netdev tencrypt"));
+    guarded.protect(peer.addresses());
+    let ours = guarded.pod.addresses().map(|address| guarded.pod.udp((address, 0)));
+    let theirs = peer.addresses().map(|address| peer.udp((address, PORT)));
+    let others = stranger.addresses().map(|address| stranger.udp((address, PORT)));
+    let stranger_is_reached = || {
+        for (from, to) in ours.iter().zip(&others) {
+            assert_eq!((arrived(from, to, 1), arrived(to, from, 1)), (1, 1), "nobody's business");
+        }
+    };
+
+    for (from, to) in ours.iter().zip(&theirs) {
+        assert_eq!((arrived(from, to, 3), arrived(to, from, 2)), (0, 0));
+    }
+    stranger_is_reached();
+    let counted = |name: &str| guarded.counted().get(name).copied().unwrap_or(0);
+    assert_eq!((counted("outbound_postrouting"), counted("inbound")), (6, 4));
+    assert_eq!(guarded.records(), []);
+
+    let mut expected = Vec::new();
+    for (n, mode) in [Mode::Audit, Mode::Permissive].into_iter().enumerate() {
+        let n = u64::try_from(n).expect("small") + 1;
+        guarded.load(mode, Gate::Open);
+        for (from, to) in ours.iter().zip(&theirs) {
+            assert_eq!((arrived(from, to, 3), arrived(to, from, 2)), (3, 2), "{mode:?}");
+            expected.extend([flow(from, to), flow(to, from)]);
+        }
+        stranger_is_reached();
+        expected.sort_unstable();
+        expected.dedup();
+        assert_eq!(guarded.records(), expected, "{mode:?}: each flow once, and no other");
+        assert_eq!((counted("would_drop_outbound"), counted("would_drop_inbound")), (6 * n, 4 * n));
+        assert_eq!((counted("outbound_postrouting"), counted("inbound")), (6, 4), "counters survive");
+    }
+
+    // Without ports: an echo request out, its reply in.
+    let ping = format!("ping -c 2 -i 0.2 -W 1 {}", peer.v4);
+    assert_eq!(lab.exec("shop-client", &ping, Duration::from_secs(5)).code, 0);
+    let portless = guarded.records().into_iter().filter(|record| record.ports.is_none());
+    let portless: Vec<_> = portless.map(|r| (r.source, r.destination, r.protocol)).collect();
+    let (own, peers) = (IpAddr::from(guarded.pod.v4), IpAddr::from(peer.v4));
+    assert_eq!(portless, [(own, peers, 1), (peers, own, 1)]);
+    // A query of the pod's own to the resolver.
+    let query = guarded.pod.udp((guarded.pod.v4, 0));
+    query.send_to(CANARY, (RESOLVER, 53)).expect("permissive lets it pass");
+    assert_eq!((counted("would_drop_dns"), counted("dns_escaped")), (1, 0));
+
+    guarded.load(Mode::Strict, Gate::Open);
+    assert_eq!(guard::listing(&guarded.netns).expect("a listing"), listing);
+    for (from, to) in ours.iter().zip(&theirs) {
+        assert_eq!((arrived(from, to, 1), arrived(to, from, 1)), (0, 0), "elements survive");
+    }
+    assert!(query.send_to(CANARY, (RESOLVER, 53)).is_err());
+    assert_eq!(counted("dns_escaped"), 1);
+}
+
+fn gate(lab: &Lab) {
+    let guarded = Guarded::new(lab, "shop-client");
+    let stranger = lab.pod("bank-server");
+    let ours = guarded.pod.addresses().map(|address| guarded.pod.udp((address, 0)));
+    let others = stranger.addresses().map(|address| stranger.udp((address, PORT)));
+    // Nothing is known yet.
+    let blind =
+        Skeleton { device: None, resolvers: Vec::new(), ..guarded.skeleton(Mode::Strict, Gate::Closed) };
+    assert_eq!(guard::load(&guarded.netns, &blind).expect("nft takes it"), Loaded::Full);
+    assert!(!guard::listing(&guarded.netns).expect("a listing").contains("netdev"));
+    for mode in [Mode::Strict, Mode::Audit] {
+        let before = guarded.counted().get("not_protected").copied().unwrap_or(0);
+        for (from, to) in ours.iter().zip(&others) {
+            assert_eq!((arrived(from, to, 1), arrived(to, from, 1)), (0, 0));
+        }
+        // The system's own multicast may add to it.
+        assert!(guarded.counted()["not_protected"] >= before + 4);
+        guarded.load(mode, Gate::Closed);
+    }
+
+    // Frames of packet sockets meet the device.
+    let sniffer = guarded.pod.sniff();
+    let packet = packets::udp(guarded.pod.v4.into(), stranger.v4.into(), 7, PORT, CANARY);
+    let before = guarded.counted()["not_protected"];
+    let _ = guarded.pod.send_frame(&packets::frame(guarded.pod.mac(), [0xff; 6], &packet));
+    thread::sleep(QUIET);
+    assert!(guarded.counted()["not_protected"] > before);
+    drop(sniffer);
+
+    // The agent's datagrams pass both ways, on neighbours that have to be found first.
+    lab.flush_neighbours();
+    let peer = lab.pod("shop-web1");
+    for (own, address) in guarded.pod.addresses().into_iter().zip(peer.addresses()) {
+        let agent = guarded.pod.udp((own, TUNNEL_PORT));
+        let theirs = peer.udp((address, TUNNEL_PORT));
+        let mut initiation = [0; 148];
+        initiation[0] = 1;
+        let _ = agent.send_to(&initiation, (address, TUNNEL_PORT));
+        theirs.set_read_timeout(Some(QUIET)).expect("time-out");
+        assert!(theirs.recv(&mut [0; 256]).is_err(), "without the mark it is not the agent's");
+        socket2::SockRef::from(&agent).set_mark(MARK).expect("SO_MARK");
+        assert!(agent.send_to(CANARY, (address, TUNNEL_PORT)).is_err(), "no type of the protocol");
+        agent.send_to(&initiation, (address, TUNNEL_PORT)).expect("the agent's");
+        theirs.set_read_timeout(Some(Duration::from_secs(2))).expect("time-out");
+        assert_eq!(theirs.recv(&mut [0; 256]).expect("the initiation"), 148);
+        theirs.send_to(&initiation, (own, TUNNEL_PORT)).expect("an answer");
+        assert_eq!(agent.recv(&mut [0; 256]).expect("the answer"), 148);
+    }
+
+    // So do its queries, and the answers.
+    let mut query = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0".to_vec();
+    query.extend(b"\x0akubernetes\x07default\x03svc\x07cluster\x05local\0\0\x01\0\x01");
+    for (port, passes) in [(61000, true), (60999, false)] {
+        let resolver = guarded.pod.udp((guarded.pod.v4, port));
+        socket2::SockRef::from(&resolver).set_mark(MARK).expect("SO_MARK");
+        let answer = resolver.send_to(&query, (RESOLVER, 53)).and_then(|_| resolver.recv(&mut [0; 512]));
+        assert_eq!(answer.is_ok(), passes, "{port}: {answer:?}");
+    }
+
+    guarded.load(Mode::Strict, Gate::Open);
+    for (from, to) in ours.iter().zip(&others) {
+        assert_eq!((arrived(from, to, 1), arrived(to, from, 1)), (1, 1), "open");
+    }
+}
+
+fn opening(lab: &Lab) {
+    let guarded = Guarded::new(lab, "shop-client");
+    let peer = lab.pod("shop-web1");
+    guarded.load(Mode::Strict, Gate::Closed);
+    guarded.protect(peer.addresses());
+    let theirs = peer.addresses().map(|address| peer.udp((address, PORT)));
+    let ours = guarded.pod.addresses().map(|address| guarded.pod.udp((address, 0)));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let flood = scope.spawn(|| {
+            let mut sent = 0_u64;
+            while !done.load(Ordering::Relaxed) {
+                for (from, to) in ours.iter().zip(&theirs) {
+                    let _ = from.send_to(CANARY, to.local_addr().expect("an address"));
+                    sent += 1;
+                }
+            }
+            sent
+        });
+        for _ in 0..20 {
+            guarded.load(Mode::Strict, Gate::Open);
+            guarded.load(Mode::Strict, Gate::Closed);
+        }
+        done.store(true, Ordering::Relaxed);
+        let sent = flood.join().expect("the flood ends");
+        let counted = guarded.counted();
+        assert_eq!(counted["outbound_postrouting"] + counted["not_protected"], sent, "{counted:?}");
+    });
+    for to in &theirs {
+        to.set_read_timeout(Some(QUIET)).expect("time-out");
+        assert!(to.recv(&mut [0; 2048]).is_err(), "a datagram slipped through");
+    }
+}
