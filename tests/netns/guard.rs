@@ -194,13 +194,11 @@ fn gate(lab: &Lab) {
     }
 
     // Frames of packet sockets meet the device.
-    let sniffer = guarded.pod.sniff();
+    let at_device = || lab.guard_counters("shop-client")["netdev not_protected"];
     let packet = packets::udp(guarded.pod.v4.into(), stranger.v4.into(), 7, PORT, CANARY);
-    let before = guarded.counted()["not_protected"];
+    let before = at_device();
     let _ = guarded.pod.send_frame(&packets::frame(guarded.pod.mac(), [0xff; 6], &packet));
-    thread::sleep(QUIET);
-    assert!(guarded.counted()["not_protected"] > before);
-    drop(sniffer);
+    assert_eq!(at_device(), before + 1);
 
     // The agent's datagrams pass both ways, on neighbours that have to be found first.
     lab.flush_neighbours();
@@ -264,7 +262,8 @@ fn opening(lab: &Lab) {
         done.store(true, Ordering::Relaxed);
         let sent = flood.join().expect("the flood ends");
         let counted = guarded.counted();
-        assert_eq!(counted["outbound_postrouting"] + counted["not_protected"], sent, "{counted:?}");
+        // The system's own multicast may add to it.
+        assert!(counted["outbound_postrouting"] + counted["not_protected"] >= sent, "{counted:?}");
     });
     for to in &theirs {
         to.set_read_timeout(Some(QUIET)).expect("time-out");
