@@ -38,6 +38,7 @@ pub mod netlink;
 pub mod presence;
 mod privileges;
 pub mod raw_socket;
+mod report;
 pub mod state;
 pub mod tun;
 pub mod udp;

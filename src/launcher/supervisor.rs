@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use tokio::net::UnixStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
@@ -22,6 +23,7 @@ use super::guard;
 use super::plan::Plan;
 use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
 use super::runtime::Runtime;
+use super::status::StatusServer;
 use super::{Failure, Signals};
 use crate::agent::control::{Carried, FromAgent, ToAgent};
 use crate::agent::executable;
@@ -76,6 +78,7 @@ pub(super) struct Supervisor<'a> {
     start_at: Option<Instant>,
     /// Signs of life that are missing.
     missed: u32,
+    status: StatusServer,
 }
 
 impl<'a> Supervisor<'a> {
@@ -93,6 +96,7 @@ impl<'a> Supervisor<'a> {
             pause: Duration::ZERO,
             start_at: None,
             missed: 0,
+            status: StatusServer::default(),
         }
     }
 
@@ -174,6 +178,7 @@ impl<'a> Supervisor<'a> {
 
     /// Watches the agent and hands it what changes, until the end.
     pub(super) async fn run(&mut self, signals: &mut Signals) -> End {
+        self.status.open(self.runtime);
         let mut gone = interval(GONE_CHECK);
         let mut heartbeat = interval(HEARTBEAT);
         for timer in [&mut gone, &mut heartbeat] {
@@ -221,6 +226,7 @@ impl<'a> Supervisor<'a> {
                         self.queue = messages;
                     }
                 }
+                question = self.status.next() => self.answer(question),
             }
         }
     }
@@ -253,6 +259,7 @@ impl<'a> Supervisor<'a> {
             }
             FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
             FromAgent::GuardLost => self.load_guard()?,
+            FromAgent::Report(report) => self.status.heard(&report),
             FromAgent::Hello { .. }
             | FromAgent::Pong
             | FromAgent::TunReplaced
@@ -260,6 +267,13 @@ impl<'a> Supervisor<'a> {
             | FromAgent::Stopped => {}
         }
         Ok(())
+    }
+
+    /// Somebody asks how the pod is: the answer waits for what a ready agent says, the loop does not.
+    fn answer(&mut self, question: UnixStream) {
+        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none());
+        let asked = ready.is_some_and(|agent| agent.send(&ToAgent::Report, &[]).is_ok());
+        self.status.answer(question, self.plan, self.agent.as_ref().map(Agent::id), asked);
     }
 
     /// The guard's skeleton is loaded again; the agent refills its sets.
@@ -314,6 +328,7 @@ impl<'a> Supervisor<'a> {
     /// The agent has ended; a successor is started, soon.
     fn lost(&mut self, ended: Ended) {
         let Some(agent) = self.agent.take() else { return };
+        self.status.lost(ended);
         warn!(pid = agent.id(), %ended, "the agent ended: the pod is closed until a new one is ready");
         let held = agent.into_held();
         if !held.is_empty() {

@@ -26,6 +26,7 @@ mod pod;
 mod reach;
 mod services;
 mod snapshot;
+mod status;
 mod untouched;
 
 use std::any::Any;
@@ -110,9 +111,15 @@ fn main() -> std::process::ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
     let mut cases: Vec<(u8, &'static Case)> = Vec::new();
-    for group in
-        [untouched::CASES, escape::CASES, reach::CASES, names::CASES, hostile::CASES, lifecycle::CASES]
-    {
+    for group in [
+        untouched::CASES,
+        escape::CASES,
+        reach::CASES,
+        names::CASES,
+        hostile::CASES,
+        lifecycle::CASES,
+        status::CASES,
+    ] {
         cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
     }
     // The strictest value first; within a lab, agents change as seldom as they can.

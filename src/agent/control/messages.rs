@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zeroize::ZeroizeOnDrop;
 
-use super::MESSAGE_MAX;
+use super::{MESSAGE_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::noise::StaticSecret;
 
@@ -158,6 +158,8 @@ pub enum ToAgent {
     },
     /// Answered with [`FromAgent::Pong`]: the loop turns.
     Ping,
+    /// Answered with [`FromAgent::Report`].
+    Report,
     /// Another agent takes over: read no more, answer [`FromAgent::HandedOver`], exit. Nothing is removed.
     HandOver,
     /// To a parked agent: its predecessor has ended. Descriptor: what that one handed over; none: it gave nothing.
@@ -187,6 +189,8 @@ pub enum FromAgent {
     },
     /// The loop turns.
     Pong,
+    /// Counters, peers and flows, as asked for.
+    Report(Box<Report>),
     /// `tenc0` was made again. Descriptor: the new one; the old one is to be closed.
     TunReplaced,
     /// The guard's skeleton is not what it was: it is to be loaded again.
@@ -226,6 +230,7 @@ impl Message for ToAgent {
             | Self::Changes(_)
             | Self::Commit { .. }
             | Self::Ping
+            | Self::Report
             | Self::HandOver
             | Self::GuardLoaded
             | Self::Stop => 0,
@@ -293,7 +298,12 @@ impl Message for FromAgent {
             // tenc0 and one UDP socket per own address.
             Self::Ready { .. } => 1 + ADDRESSES_MAX,
             Self::TunReplaced | Self::HandedOver => 1,
-            Self::Hello { .. } | Self::Pong | Self::GuardLost | Self::Failed { .. } | Self::Stopped => 0,
+            Self::Hello { .. }
+            | Self::Pong
+            | Self::Report(_)
+            | Self::GuardLost
+            | Self::Failed { .. }
+            | Self::Stopped => 0,
         }
     }
 
@@ -309,6 +319,7 @@ impl Message for FromAgent {
                 }
                 Ok(())
             }
+            Self::Report(report) => report.validate(),
             _ => Ok(()),
         }
     }
