@@ -21,6 +21,8 @@ pub const CASES: &[Case] = &[
 const BURST_PORT: u16 = 9_500;
 /// Datagrams of the burst: they fit the receiver's buffer together.
 const BURST: u64 = 400;
+/// More datagrams than `tenc0` queues.
+const OVERFLOW: u64 = 3_000;
 
 fn status(args: &[&str]) -> Ran {
     run(Command::new(tencrypt()).arg("status").args(args), Duration::from_secs(15))
@@ -122,14 +124,21 @@ fn tells_of_ends(lab: &Lab) {
     assert_eq!(times(&second), times(&first) + 1);
     assert_eq!(second["agent"]["lastEnd"], "by signal 9");
 
-    // A frozen agent holds up nobody who asks.
+    // A frozen agent holds up nobody who asks; what overflows meanwhile is counted.
     kill(agent(), Signal::SIGSTOP).expect("stop");
     let asked = Instant::now();
     let (frozen, code) = document(lab, pod);
     assert_eq!((&frozen["state"], code), (&"closed".into(), 1), "{frozen:#}");
     assert!(asked.elapsed() < Duration::from_secs(4), "answered after {:?}", asked.elapsed());
+    let to = (lab.pod("shop-web2").v4.into(), BURST_PORT);
+    let sender = lab.pod(pod).udp_for(to.0);
+    for _ in 0..OVERFLOW {
+        // Refused or dropped, all the same.
+        let _ = sender.send_to(&[0; 100], to);
+    }
     let third = replaced(lab, pod, &second["agent"]["pid"]);
     assert_eq!(times(&third), times(&second) + 1);
+    assert!(third["counters"]["drops"]["queue_overflow"].as_u64() > Some(0), "{third:#}");
 
     for pid in lab.agent_pids(pod) {
         kill(pid, Signal::SIGKILL).expect("kill");

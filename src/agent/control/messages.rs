@@ -158,8 +158,6 @@ pub enum ToAgent {
     },
     /// Answered with [`FromAgent::Pong`]: the loop turns.
     Ping,
-    /// Answered with [`FromAgent::Report`].
-    Report,
     /// Another agent takes over: read no more, answer [`FromAgent::HandedOver`], exit. Nothing is removed.
     HandOver,
     /// To a parked agent: its predecessor has ended. Descriptor: what that one handed over; none: it gave nothing.
@@ -168,6 +166,8 @@ pub enum ToAgent {
     GuardLoaded,
     /// Tear everything down, answer [`FromAgent::Stopped`], exit.
     Stop,
+    /// Answered with [`FromAgent::Report`].
+    Report,
 }
 
 /// From the agent to the launcher.
@@ -189,8 +189,6 @@ pub enum FromAgent {
     },
     /// The loop turns.
     Pong,
-    /// Counters, peers and flows, as asked for.
-    Report(Box<Report>),
     /// `tenc0` was made again. Descriptor: the new one; the old one is to be closed.
     TunReplaced,
     /// The guard's skeleton is not what it was: it is to be loaded again.
@@ -206,6 +204,8 @@ pub enum FromAgent {
     },
     /// Everything the agent made is gone.
     Stopped,
+    /// Counters, peers and flows, as asked for.
+    Report(Box<Report>),
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.

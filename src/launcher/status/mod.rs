@@ -12,7 +12,7 @@
 //! | `name` | the namespace, as the launcher was told it |
 //! | `project` | the project whose traffic is protected; null without a launcher |
 //! | `addresses` | the pod's own addresses |
-//! | `state` | `protected`: an agent is ready; `unprotected`: it is, and something of `standing` is in its way; `closed`: no ready agent answers, what is protected is blocked |
+//! | `state` | `protected`: an agent is ready; `unprotected`: it is, and something of `standing` is in its way; `closed`: no ready agent answers, what is protected is blocked. Without a launcher too, though an agent may go on: nobody vouches for it |
 //! | `reason` | why the state is not `protected`; else absent |
 //! | `launcher.pid` | the launcher's process; `launcher` is null where none answers |
 //! | `agent.pid` | the agent's process; `agent` is null while there is none |
