@@ -22,11 +22,14 @@ use crate::proto::ladder::Mode;
 pub const DEFAULT_PORT: u16 = 51_820;
 
 /// Sub-commands that are planned.
-const PLANNED_COMMANDS: [&str; 9] =
-    ["node", "status", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
+const PLANNED_COMMANDS: [&str; 8] =
+    ["node", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
 
 /// Flags of `launch` that are planned.
 const PLANNED_FLAGS: [&str; 3] = ["--cipher", "--capture", "--config"];
+
+/// Values of flags that are planned: flag and value.
+const PLANNED_VALUES: [(&str, &str); 1] = [("--output", "wide")];
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +96,8 @@ pub enum Command {
     Launch(Launch),
     /// Print a new project key.
     Keygen,
+    /// Show how a pod is, or every pod; exit code 1 unless all are protected.
+    Status(Status),
     /// The process inside a pod's network namespace; started by the launcher only.
     #[command(hide = true)]
     Agent(Agent),
@@ -175,6 +180,26 @@ impl From<InjectWay> for Inject {
     }
 }
 
+/// `tencrypt status`.
+#[derive(Clone, Debug, Args)]
+pub struct Status {
+    /// One pod only, named as for `launch --netns`.
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// Table, or the documents of the pods' launchers.
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// `--output`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// One line per pod.
+    Table,
+    /// Everything.
+    Json,
+}
+
 /// `tencrypt agent`: inherited descriptors, by number.
 #[derive(Debug, Args)]
 pub struct Agent {
@@ -242,12 +267,24 @@ fn planned(error: &clap::Error) -> Option<String> {
     let (kind, known): (_, &[&str]) = match error.kind() {
         ErrorKind::UnknownArgument => (ContextKind::InvalidArg, &PLANNED_FLAGS),
         ErrorKind::InvalidSubcommand => (ContextKind::InvalidSubcommand, &PLANNED_COMMANDS),
+        ErrorKind::InvalidValue => return planned_value(error),
         _ => return None,
     };
     match error.get(kind)? {
         ContextValue::String(name) if known.contains(&name.as_str()) => Some(name.clone()),
         _ => None,
     }
+}
+
+/// The planned value that `error` calls invalid, with its flag.
+fn planned_value(error: &clap::Error) -> Option<String> {
+    let (Some(ContextValue::String(flag)), Some(ContextValue::String(value))) =
+        (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue))
+    else {
+        return None;
+    };
+    let (flag, _) = flag.split_once(' ')?;
+    PLANNED_VALUES.contains(&(flag, value.as_str())).then(|| format!("{flag} {value}"))
 }
 
 #[cfg(test)]
@@ -318,6 +355,25 @@ mod tests {
             assert_eq!(exit, Exit::Usage);
             assert!(text.contains(&format!("`{command}` is not there yet")), "{text}");
         }
+    }
+
+    #[test]
+    fn status_takes_a_name_and_a_format_and_refuses_the_planned_one() {
+        let status = |line: &str| match parse(words(line)).unwrap().command {
+            Command::Status(status) => (status.name, status.output),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(status("tencrypt status"), (None, Output::Table));
+        assert_eq!(status("tencrypt status pod -o json"), (Some("pod".to_owned()), Output::Json));
+        assert_eq!(status("tencrypt status --output=table"), (None, Output::Table));
+        for line in ["tencrypt status -o wide", "tencrypt status pod --output=wide"] {
+            let (exit, text) = refused(line);
+            assert_eq!(exit, Exit::Usage);
+            assert!(text.contains("`--output wide` is not there yet"), "{text}");
+        }
+        let (exit, text) = refused("tencrypt status -o yaml");
+        assert_eq!(exit, Exit::Usage);
+        assert!(text.contains("json") && !text.contains("not there yet"), "{text}");
     }
 
     #[test]

@@ -63,6 +63,7 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
                 .map_err(Failure::kernel)?;
             Ok(Exit::Good)
         }
+        Command::Status(arguments) => launcher::status::status(arguments),
         Command::Launch(arguments) => {
             hide_memory().map_err(Failure::kernel)?;
             sys::fd::keep_to_ourselves();

@@ -28,6 +28,7 @@ use super::handover;
 use super::neighbour::ArpResponder;
 use super::presence::Presence;
 use super::raw_socket::RawInjector;
+use super::report;
 use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
@@ -529,6 +530,11 @@ impl Driver {
             ToAgent::Ping => {
                 self.kernel.state.write_counters(self.engine.counters());
                 self.session.tell(&FromAgent::Pong, &[]);
+            }
+            ToAgent::Report => {
+                let sockets = self.kernel.sockets.iter().map(|(_, socket)| socket);
+                let report = report::make(&self.engine, self.generation, sockets, &self.tampering);
+                self.session.tell(&FromAgent::Report(Box::new(report)), &[]);
             }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,

@@ -40,6 +40,7 @@ pub mod netlink;
 pub mod presence;
 mod privileges;
 pub mod raw_socket;
+mod report;
 pub mod sockets;
 pub mod state;
 pub mod tun;

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::control::Place;
 
 /// Endings of a pod's runtime files; the lock goes last.
-const ENDINGS: [&str; 4] = ["next", "sock", "state", "lock"];
+const ENDINGS: [&str; 5] = ["next", "sock", "state", "status", "lock"];
 
 /// Where the namespace was, and how to see that it is gone.
 #[derive(Debug)]

@@ -152,6 +152,14 @@ impl TunnelSocket {
         sys::recv(&self.fd, buffer)
     }
 
+    /// Datagrams, or trains of them, that found the socket's buffer full, since it was made; wraps around.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn dropped(&self) -> io::Result<u32> {
+        sys::dropped(&self.fd)
+    }
+
     fn send_train(&mut self, to: SocketAddr, chunk: &[u8], size: usize) -> Result<usize, SendError> {
         let mut lasting = false;
         if chunk.len() > size && !self.plain.contains(&to.ip()) {

@@ -33,6 +33,7 @@ mod plan;
 pub mod pod;
 pub mod process;
 pub mod runtime;
+pub mod status;
 mod supervisor;
 
 use gate::Closed;

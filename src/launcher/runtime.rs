@@ -5,6 +5,7 @@
 //! | `COOKIE.lock` | held by the one launcher of the pod; says which namespace it is |
 //! | `COOKIE.sock` | the agent listens there for the next launcher |
 //! | `COOKIE.state` | flows, live peers and counters; the agent writes it, its successor reads it |
+//! | `COOKIE.status` | the launcher listens there for `tencrypt status` |
 //!
 //! 1. [`Runtime::take`] locks, or says that somebody else has the pod
 //! 2. [`Runtime::listener`] and [`Runtime::publish`]: a new agent's listener takes the name only when it is to be found
@@ -13,10 +14,11 @@
 //! The cookie is the kernel's number of the network namespace: unlike an inode it is not used again until the next boot.
 //! May touch: `/run/tencrypt`. Source: flock(2), SO_NETNS_COOKIE in socket(7).
 
-use std::fs::{DirBuilder, File, TryLockError};
+use std::fs::{DirBuilder, File, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use crate::agent::control::{self, ChannelError, LauncherChannel};
@@ -147,6 +149,22 @@ impl Runtime {
         opened.map_err(|source| RuntimeError::Refused { path, source })
     }
 
+    /// A non-blocking listener for those who ask how the pod is; the one of an earlier launcher loses its name.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Refused`].
+    pub fn status_listener(&self) -> Result<UnixListener, RuntimeError> {
+        let path = self.file("status");
+        let listen = || {
+            remove(&path)?;
+            let listener = UnixListener::bind(&path)?;
+            std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        listen().map_err(|source| RuntimeError::Refused { path: path.clone(), source })
+    }
+
     /// Deletes the files; the lock lasts as long as this object. To be called once the agent has ended.
     pub fn remove(&self) {
         remove_files(&self.stem);
@@ -174,6 +192,14 @@ pub fn sweep(dir: &Path) {
             remove_files(&path.with_extension(""));
         }
     }
+}
+
+/// Which namespace a lock file says it is of; `None`: it says none, or not yet.
+#[must_use]
+pub fn read_owner(lock: &File) -> Option<Owner> {
+    let mut text = String::new();
+    lock.take(LOCK_MAX).read_to_string(&mut text).ok()?;
+    Owner::parse(&text)
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -239,6 +265,19 @@ mod tests {
         assert!(runtime.connect().unwrap().is_some());
         drop(listener);
         assert!(runtime.connect().unwrap().is_none(), "a name that nobody listens at");
+    }
+
+    #[test]
+    fn the_listener_for_questions_is_roots_alone_and_replaces_an_earlier_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = Runtime::take(dir.path(), 7, &owner(Path::new("/"))).unwrap();
+        let path = runtime.stem().with_extension("status");
+        drop(runtime.status_listener().unwrap());
+        let _second = runtime.status_listener().unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        runtime.remove();
+        assert!(!path.exists());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use tokio::net::UnixStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
@@ -22,6 +23,7 @@ use super::guard::{self, Gate};
 use super::plan::Plan;
 use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
 use super::runtime::Runtime;
+use super::status::StatusServer;
 use super::{Failure, Signals};
 use crate::agent::control::{Carried, FromAgent, ToAgent};
 use crate::agent::executable;
@@ -78,6 +80,7 @@ pub(super) struct Supervisor<'a> {
     missed: u32,
     /// The pod's device was deleted.
     link_gone: bool,
+    status: StatusServer,
 }
 
 impl<'a> Supervisor<'a> {
@@ -96,6 +99,7 @@ impl<'a> Supervisor<'a> {
             start_at: None,
             missed: 0,
             link_gone: false,
+            status: StatusServer::default(),
         }
     }
 
@@ -179,6 +183,7 @@ impl<'a> Supervisor<'a> {
 
     /// Watches the agent and hands it what changes, until the end.
     pub(super) async fn run(&mut self, signals: &mut Signals) -> End {
+        self.status.open(self.runtime);
         let mut gone = interval(GONE_CHECK);
         let mut heartbeat = interval(HEARTBEAT);
         for timer in [&mut gone, &mut heartbeat] {
@@ -229,6 +234,7 @@ impl<'a> Supervisor<'a> {
                         self.queue = messages;
                     }
                 }
+                question = self.status.next() => self.answer(question),
             }
         }
     }
@@ -260,12 +266,20 @@ impl<'a> Supervisor<'a> {
             FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
             FromAgent::GuardLost => self.load_guard(),
             FromAgent::LinkGone => self.link_gone = true,
+            FromAgent::Report(report) => self.status.heard(&report),
             FromAgent::Hello { .. }
             | FromAgent::Pong
             | FromAgent::TunReplaced
             | FromAgent::HandedOver
             | FromAgent::Stopped => {}
         }
+    }
+
+    /// Somebody asks how the pod is: the answer waits for what a ready agent says, the loop does not.
+    fn answer(&mut self, question: UnixStream) {
+        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none());
+        let asked = ready.is_some_and(|agent| agent.send(&ToAgent::Report, &[]).is_ok());
+        self.status.answer(question, self.plan, self.agent.as_ref().map(Agent::id), asked);
     }
 
     /// The guard's skeleton is loaded again; the agent refills its sets.
@@ -330,6 +344,7 @@ impl<'a> Supervisor<'a> {
     /// The agent has ended; a successor is started, soon.
     fn lost(&mut self, ended: Ended) {
         let Some(agent) = self.agent.take() else { return };
+        self.status.lost(ended);
         warn!(pid = agent.id(), %ended, "the agent ended: the pod is closed until a new one is ready");
         let held = agent.into_held();
         if !held.is_empty() {

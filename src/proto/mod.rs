@@ -480,6 +480,20 @@ impl Engine {
         &self.counters
     }
 
+    /// Every peer, and whether there is a session with it; those with one first, in the order of their addresses.
+    #[must_use]
+    pub fn peers(&self) -> Vec<(IpAddr, bool)> {
+        let mut peers: Vec<_> = self.peers.iter().collect();
+        peers.sort_unstable_by_key(|(address, established)| (!established, *address));
+        peers
+    }
+
+    /// Flows in the table.
+    #[must_use]
+    pub fn flow_count(&self) -> usize {
+        self.flows.len()
+    }
+
     /// The kernel refused packets that were counted nowhere yet.
     pub fn count_refused(&mut self, packets: u64) {
         self.counters.drop_many(DropReason::KernelRefused, packets);

@@ -292,6 +292,11 @@ impl Peers {
         }
     }
 
+    /// Every peer in no order, and whether there is a session with it.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (IpAddr, bool)> {
+        self.by_address.iter().map(|(address, id)| (*address, self.transport.has_session(*id)))
+    }
+
     /// The address that `id` owns.
     #[must_use]
     pub fn address(&self, id: PeerId) -> Option<IpAddr> {

@@ -110,6 +110,34 @@ pub fn set_buffers(fd: impl AsFd, bytes: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Datagrams that the socket's receive buffer had no room for, since it was made (SO_MEMINFO, `SK_MEMINFO_DROPS`).
+///
+/// # Errors
+/// The kernel's; `InvalidData` before Linux 4.16, which does not count them here.
+pub fn dropped(fd: impl AsFd) -> io::Result<u32> {
+    /// `SK_MEMINFO_DROPS` of linux/sock_diag.h, and the number of values up to it.
+    const DROPS: usize = 8;
+    let mut values = [0u32; DROPS + 1];
+    let mut length = u32::try_from(size_of_val(&values)).expect("36 bytes");
+    // SAFETY: the descriptor is open, the pointers lead to writable memory of the length given and to that length.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if usize::try_from(length).is_ok_and(|length| length < size_of_val(&values)) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(values[DROPS])
+}
+
 fn set_int(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
     let length = u32::try_from(size_of::<libc::c_int>()).expect("four bytes");
     // SAFETY: the descriptor is open, and the pointer leads to an int of the length given.
@@ -247,6 +275,25 @@ mod tests {
     #[test]
     fn a_train_of_segments_arrives_whole_over_ipv6() {
         segments_arrive_whole("[::1]:0");
+    }
+
+    #[test]
+    fn datagrams_that_found_no_room_are_counted_and_others_are_not() {
+        let (a, b) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        let to = b.local_addr().unwrap();
+        set_int(&b, libc::SOL_SOCKET, libc::SO_RCVBUF, 4_096).unwrap();
+        a.send_to(&[7; 100], to).unwrap();
+        assert_eq!(dropped(&b).unwrap(), 0);
+        for _ in 1..200 {
+            a.send_to(&[7; 100], to).unwrap();
+        }
+        b.set_nonblocking(true).unwrap();
+        let mut received = 0;
+        while recv(&b, &mut [0; 200]).is_ok() {
+            received += 1;
+        }
+        assert_eq!(received + dropped(&b).unwrap(), 200);
+        assert!(received < 200, "the buffer was no limit");
     }
 
     #[test]

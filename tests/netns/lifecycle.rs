@@ -182,7 +182,7 @@ fn agent_killed(lab: &Lab) {
 }
 
 /// After a crash a new launcher takes the pod over, and a stop in order leaves nothing behind.
-fn recover(lab: &Lab) {
+pub fn recover(lab: &Lab) {
     // The launchers that are left end with an error of their own: they lost their agents.
     let ran = lab.script(&["unprotect"], &[], Duration::from_secs(30));
     crate::say(&format!("after the kill, unprotect: exit {}", ran.code));

@@ -28,6 +28,7 @@ mod pod;
 mod reach;
 mod services;
 mod snapshot;
+mod status;
 mod untouched;
 mod watch;
 
@@ -123,6 +124,7 @@ fn main() -> std::process::ExitCode {
         ladder::CASES,
         lifecycle::CASES,
         watch::CASES,
+        status::CASES,
     ] {
         cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zeroize::ZeroizeOnDrop;
 
-use super::MESSAGE_MAX;
+use super::{MESSAGE_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
 use crate::proto::noise::StaticSecret;
@@ -169,6 +169,8 @@ pub enum ToAgent {
     GuardLoaded,
     /// Tear everything down, answer [`FromAgent::Stopped`], exit.
     Stop,
+    /// Answered with [`FromAgent::Report`].
+    Report,
 }
 
 /// From the agent to the launcher.
@@ -207,6 +209,8 @@ pub enum FromAgent {
     },
     /// Everything the agent made is gone.
     Stopped,
+    /// Counters, peers and flows, as asked for.
+    Report(Box<Report>),
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.
@@ -231,6 +235,7 @@ impl Message for ToAgent {
             | Self::Changes(_)
             | Self::Commit { .. }
             | Self::Ping
+            | Self::Report
             | Self::HandOver
             | Self::GuardLoaded
             | Self::Stop => 0,
@@ -301,6 +306,7 @@ impl Message for FromAgent {
             Self::Hello { .. }
             | Self::Pong
             | Self::LinkGone
+            | Self::Report(_)
             | Self::GuardLost
             | Self::Failed { .. }
             | Self::Stopped => 0,
@@ -319,6 +325,7 @@ impl Message for FromAgent {
                 }
                 Ok(())
             }
+            Self::Report(report) => report.validate(),
             _ => Ok(()),
         }
     }

@@ -31,6 +31,7 @@ use rustix::net::{
 use zeroize::Zeroizing;
 
 mod messages;
+mod report;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +39,7 @@ pub use messages::{
     Carried, Executable, FromAgent, Init, Inject, Message, OwnAddress, Place, Seed, ToAgent, VERSION,
     VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
 };
+pub use report::{PeerReport, REPORTED_PEERS_MAX, Report};
 
 /// Largest encoded message, in bytes. Four fit the kernel's default socket buffer.
 pub const MESSAGE_MAX: usize = 64 * 1024;

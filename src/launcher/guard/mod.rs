@@ -206,6 +206,34 @@ pub fn counters(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
         .map_err(|source| Error::Output { what: "counters", source })
 }
 
+/// As [`counters`], without holding up the thread; dropped before it returns, it ends the program. To be awaited in the
+/// thread that starts all programs: nobody else's descriptors are inherited.
+///
+/// # Errors
+/// See [`Error`].
+pub async fn counters_beside(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
+    let operation = "list the counters of";
+    for program in PROGRAMS {
+        let mut command = Command::new(program);
+        command.args(["-j", "list", "counters"]).env("LC_ALL", "C");
+        in_network_namespace(&mut command, netns.try_clone().map_err(Error::Run)?);
+        let mut command = tokio::process::Command::from(command);
+        match command.stdin(Stdio::null()).kill_on_drop(true).output().await {
+            Ok(output) if output.status.success() => {
+                return parse_counters(&String::from_utf8_lossy(&output.stdout))
+                    .map_err(|source| Error::Output { what: "counters", source });
+            }
+            Ok(output) => {
+                let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+                return Err(Error::Refused { operation, stderr });
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::Run(error)),
+        }
+    }
+    Err(Error::NoProgram)
+}
+
 /// What permissive and audit mode let pass in the last ten minutes though strict would not, sorted.
 ///
 /// # Errors

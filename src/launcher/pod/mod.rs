@@ -183,7 +183,9 @@ impl fmt::Display for Target {
 }
 
 impl Target {
-    fn path(&self) -> PathBuf {
+    /// The file that is, or leads to, the namespace.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
         match self {
             Self::Name(name) => Path::new(NETNS_DIR).join(name),
             Self::Path(path) => path.clone(),

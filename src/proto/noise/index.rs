@@ -52,6 +52,10 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    pub(super) fn get(&self, id: PeerId) -> Option<&T> {
+        self.slots.get(id.slot as usize).filter(|entry| entry.generation == id.generation)?.value.as_deref()
+    }
+
     pub(super) fn get_mut(&mut self, id: PeerId) -> Option<&mut T> {
         self.slots
             .get_mut(id.slot as usize)

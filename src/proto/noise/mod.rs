@@ -264,6 +264,12 @@ impl Transport {
         }
     }
 
+    /// Whether there is a session with `peer`, were it only one that the peer has yet to confirm.
+    #[must_use]
+    pub fn has_session(&self, peer: PeerId) -> bool {
+        self.peers.get(peer).is_some_and(Peer::has_session)
+    }
+
     /// The session to seal a burst of data with, if there is one. Starts a handshake when it is time to rekey.
     pub fn seal(&mut self, peer: PeerId, now: Now) -> Option<Sealer<'_>> {
         self.peers.get_mut(peer)?.seal(&mut self.shared, now)

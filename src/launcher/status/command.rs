@@ -1,0 +1,318 @@
+//! The command: which pods there are, what their launchers say, and the exit code.
+//!
+//! 1. every `COOKIE.lock` under `/run/tencrypt` is a pod; files of a namespace that is gone count for nothing
+//! 2. the launcher at `COOKIE.status` is asked; where none answers, the pod is shown as closed
+//! 3. the documents are printed as they came, or a table of them
+//!
+//! Exit code 0 if every pod is protected, 1 if one is not, 2 for a name that nothing protects. May touch: the runtime files,
+//! read-only.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+
+use super::{API_VERSION, DOCUMENT_MAX, PodStatus, State};
+use crate::agent::presence::leads_elsewhere;
+use crate::cli::{self, Exit, Output};
+use crate::launcher::Failure;
+use crate::launcher::pod::{PodError, Target};
+use crate::launcher::runtime::{Owner, RUN_DIR, read_owner};
+
+/// A launcher answers within two seconds; one that replaces its agent in order may take longer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const HEADERS: [&str; 10] =
+    ["NAME", "PROJECT", "STATE", "AGENT", "REPLACED", "SEALED", "OPENED", "DROPPED", "PEERS", "FLOWS"];
+
+/// Prints how one pod is, or every pod.
+///
+/// # Errors
+/// Nothing protects the one that was named; the runtime files cannot be read; standard output is closed.
+pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
+    let mut pods = pods(Path::new(RUN_DIR))
+        .with_context(|| format!("cannot read {RUN_DIR}: run as root"))
+        .map_err(Failure::kernel)?;
+    if let Some(name) = &arguments.name {
+        let target: Target = name.parse().map_err(Failure::coded(PodError::exit_code))?;
+        let found = fs::metadata(target.path()).ok().map(|found| (found.dev(), found.ino()));
+        pods.retain(|pod| Some(pod.owner.identity) == found);
+        if pods.is_empty() {
+            return Err(Failure::usage(anyhow!("nothing protects {name}")));
+        }
+    }
+    let answers: Vec<_> = pods.iter().map(Answer::of).collect();
+    let text = match arguments.output {
+        Output::Table => table(&answers),
+        Output::Json => json(&answers, arguments.name.is_some()),
+    };
+    let mut stdout = io::stdout();
+    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    printed.context("cannot print the status").map_err(Failure::failed)?;
+    Ok(exit(&answers))
+}
+
+/// A pod that has a launcher or an agent, or had.
+#[derive(Debug)]
+struct Pod {
+    owner: Owner,
+    /// The runtime files, up to their endings.
+    stem: PathBuf,
+}
+
+/// The pods with runtime files in `dir`, by name.
+fn pods(dir: &Path) -> io::Result<Vec<Pod>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        // Nothing was launched since the last boot.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut pods = Vec::new();
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_none_or(|ending| ending != "lock") {
+            continue;
+        }
+        let owner = match File::open(&path) {
+            Ok(file) => read_owner(&file),
+            // Removed in between.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        // A file that says nothing is being made; one of a namespace that is gone is swept by the next launcher.
+        if let Some(owner) = owner.filter(|owner| !leads_elsewhere(&owner.path, owner.identity)) {
+            pods.push(Pod { owner, stem: path.with_extension("") });
+        }
+    }
+    pods.sort_by(|a, b| a.owner.path.cmp(&b.owner.path));
+    Ok(pods)
+}
+
+impl Pod {
+    /// As the operator would name it.
+    fn name(&self) -> String {
+        let path = self.owner.path.display().to_string();
+        let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/net"));
+        match pid.filter(|pid| pid.parse::<u32>().is_ok()) {
+            Some(pid) => format!("pid:{pid}"),
+            None => path.parse::<Target>().map_or(path, |target| target.to_string()),
+        }
+    }
+}
+
+/// What is known of a pod: the document, and its text as it came.
+#[derive(Debug)]
+struct Answer {
+    status: PodStatus,
+    text: String,
+}
+
+impl Answer {
+    fn of(pod: &Pod) -> Self {
+        let reason = match ask(&pod.stem.with_extension("status")) {
+            Ok(Some(text)) => match serde_json::from_str(&text) {
+                Ok(status) => return Self { status, text: text.trim_end().to_owned() },
+                Err(_) => "the launcher's answer is no status",
+            },
+            Ok(None) => "no launcher",
+            Err(_) => "the launcher does not answer",
+        };
+        Self::from(PodStatus::closed(pod.name(), reason))
+    }
+}
+
+impl From<PodStatus> for Answer {
+    fn from(status: PodStatus) -> Self {
+        let text = status.to_json();
+        Self { status, text }
+    }
+}
+
+/// Asks the launcher that listens at `path`; `None`: there is none.
+fn ask(path: &Path) -> io::Result<Option<String>> {
+    let stream = match UnixStream::connect(path) {
+        Ok(stream) => stream,
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+    let mut text = String::new();
+    match stream.take(DOCUMENT_MAX).read_to_string(&mut text) {
+        // Closed before it said anything: it has just ended.
+        Ok(0) => Ok(None),
+        Ok(_) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn exit(answers: &[Answer]) -> Exit {
+    let all = answers.iter().all(|answer| answer.status.state == State::Protected);
+    if all { Exit::Good } else { Exit::Failed }
+}
+
+/// The one document that was asked for, or a list.
+fn json(answers: &[Answer], one: bool) -> String {
+    if let (true, [answer]) = (one, answers) {
+        return format!("{}\n", answer.text);
+    }
+    // No string of a document holds a line break as it is: each one only separates.
+    let items: Vec<_> = answers.iter().map(|answer| answer.text.replace('\n', "\n    ")).collect();
+    let items = if items.is_empty() { String::new() } else { format!("\n    {}\n  ", items.join(",\n    ")) };
+    format!(
+        "{{\n  \"apiVersion\": \"{API_VERSION}\",\n  \"kind\": \"PodStatusList\",\n  \"items\": [{items}]\n}}\n"
+    )
+}
+
+/// Columns as wide as their longest word.
+fn table(answers: &[Answer]) -> String {
+    let rows: Vec<[String; 10]> = [HEADERS.map(str::to_owned)]
+        .into_iter()
+        .chain(answers.iter().map(|answer| row(&answer.status)))
+        .collect();
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (column, word) in row.iter().enumerate() {
+            let width = rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+            write!(line, "{word:width$}  ").expect("a string");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row(status: &PodStatus) -> [String; 10] {
+    let or_dash = |word: Option<String>| word.unwrap_or_else(|| "-".to_owned());
+    let agent = status.agent.as_ref();
+    let counters = status.counters.as_ref();
+    let peers = status.peers.as_ref();
+    [
+        // It reaches a terminal: no escape sequences.
+        status.name.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
+        or_dash(status.project.clone()),
+        status.state.as_str().to_owned(),
+        or_dash(agent.map(|agent| agent.pid.to_string())),
+        or_dash(agent.map(|agent| agent.replaced.to_string())),
+        or_dash(counters.map(|counters| counters.sealed.to_string())),
+        or_dash(counters.map(|counters| counters.opened.to_string())),
+        or_dash(counters.map(|counters| counters.drops.values().sum::<u64>().to_string())),
+        or_dash(peers.map(|peers| format!("{}/{}", peers.established, peers.total))),
+        or_dash(status.flows.map(|flows| flows.to_string())),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::super::tests::protected;
+    use super::*;
+
+    fn answers(statuses: Vec<PodStatus>) -> Vec<Answer> {
+        statuses.into_iter().map(Answer::from).collect()
+    }
+
+    fn closed() -> PodStatus {
+        PodStatus::closed("b".to_owned(), "no launcher")
+    }
+
+    #[test]
+    fn the_table_has_a_line_per_pod_and_dashes_for_what_nobody_knows() {
+        let text = table(&answers(vec![protected("pod-a"), closed()]));
+        let lines: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[0], HEADERS);
+        assert_eq!(lines[1], ["pod-a", "shop", "protected", "8", "1", "10", "20", "7", "1/700", "6"]);
+        assert_eq!(lines[2], ["b", "-", "closed", "-", "-", "-", "-", "-", "-", "-"]);
+        assert!(text.starts_with("NAME   PROJECT  STATE      AGENT  "), "{text}");
+        assert_eq!(table(&[]).lines().count(), 1);
+    }
+
+    #[test]
+    fn one_pod_that_is_not_protected_is_a_failed_check() {
+        let unprotected = PodStatus { state: State::Unprotected, ..protected("a") };
+        for (statuses, wanted) in [
+            (vec![], Exit::Good),
+            (vec![protected("a"), protected("b")], Exit::Good),
+            (vec![protected("a"), closed()], Exit::Failed),
+            (vec![unprotected, protected("b")], Exit::Failed),
+        ] {
+            assert_eq!(exit(&answers(statuses)), wanted);
+        }
+    }
+
+    #[test]
+    fn json_is_one_document_for_a_name_and_a_list_otherwise() {
+        let pair = answers(vec![protected("a"), closed()]);
+        let one: PodStatus = serde_json::from_str(&json(&pair[..1], true)).unwrap();
+        assert_eq!(one, protected("a"));
+        for answers in [&pair[..], &pair[..1], &[]] {
+            let list: serde_json::Value = serde_json::from_str(&json(answers, false)).unwrap();
+            assert_eq!((&list["kind"], &list["apiVersion"]), (&"PodStatusList".into(), &API_VERSION.into()));
+            let items: Vec<PodStatus> = serde_json::from_value(list["items"].clone()).unwrap();
+            assert_eq!(items, answers.iter().map(|answer| answer.status.clone()).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn pods_are_found_by_their_locks_and_those_that_are_gone_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(pods(&dir.path().join("none")).unwrap().is_empty());
+        let found = fs::metadata("/proc/self/ns/net").unwrap();
+        let lock = |cookie: &str, inode: u64, path: &str| {
+            let text = format!("{} {inode} {path}\n", found.dev());
+            fs::write(dir.path().join(cookie).with_extension("lock"), text).unwrap();
+        };
+        lock("01", found.ino(), "/proc/self/ns/net");
+        lock("02", found.ino() + 1, "/proc/self/ns/net");
+        fs::write(dir.path().join("03.lock"), "").unwrap();
+        fs::write(dir.path().join("04.state"), "").unwrap();
+        let pods = pods(dir.path()).unwrap();
+        assert_eq!(pods.len(), 1, "{pods:?}");
+        assert_eq!(pods[0].stem, dir.path().join("01"));
+    }
+
+    #[test]
+    fn a_pod_is_named_as_its_operator_named_it() {
+        for (path, name) in
+            [("/run/netns/web", "web"), ("/proc/77/ns/net", "pid:77"), ("/some/where", "/some/where")]
+        {
+            let pod = Pod { owner: Owner { identity: (0, 0), path: path.into() }, stem: PathBuf::new() };
+            assert_eq!(pod.name(), name);
+        }
+    }
+
+    #[test]
+    fn where_no_launcher_answers_the_pod_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let owner = Owner { identity: (0, 0), path: "/run/netns/web".into() };
+        let pod = Pod { owner, stem: dir.path().join("01") };
+        let reason = |pod: &Pod| {
+            let status = Answer::of(pod).status;
+            assert_eq!((status.state, status.name.as_str()), (State::Closed, "web"));
+            status.reason.unwrap()
+        };
+        assert_eq!(reason(&pod), "no launcher");
+        let listener = UnixListener::bind(dir.path().join("01.status")).unwrap();
+        for (said, wanted) in [("", "no launcher"), ("nonsense", "the launcher's answer is no status")] {
+            std::thread::scope(|scope| {
+                scope.spawn(|| listener.accept().unwrap().0.write_all(said.as_bytes()).unwrap());
+                assert_eq!(reason(&pod), wanted);
+            });
+        }
+        let text = protected("web").to_json();
+        std::thread::scope(|scope| {
+            scope.spawn(|| listener.accept().unwrap().0.write_all(text.as_bytes()).unwrap());
+            assert_eq!(Answer::of(&pod).status, protected("web"));
+        });
+        drop(listener);
+        assert_eq!(reason(&pod), "no launcher");
+    }
+}

@@ -1,0 +1,157 @@
+//! What `tencrypt status` says is so: counters, agents that were replaced, pods that nobody protects.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use crate::Case;
+use crate::lab::{Lab, PROJECT, PROTECTED, Ran, run, tencrypt};
+use crate::lifecycle;
+
+/// The cases of this file.
+pub const CASES: &[Case] = &[
+    Case::new("status_counts_every_packet_of_a_protected_pod", counts_every_packet).sealed(),
+    Case::new("status_tells_of_agents_that_were_replaced_and_of_pods_that_are_closed", tells_of_ends)
+        .seconds(90),
+];
+
+/// The port of the receiver of the burst.
+const BURST_PORT: u16 = 9_500;
+/// Datagrams of the burst: they fit the receiver's buffer together.
+const BURST: u64 = 400;
+/// More datagrams than `tenc0` queues.
+const OVERFLOW: u64 = 3_000;
+
+fn status(args: &[&str]) -> Ran {
+    run(Command::new(tencrypt()).arg("status").args(args), Duration::from_secs(15))
+}
+
+fn name(lab: &Lab, pod: &str) -> String {
+    format!("{}-{pod}", lab.name())
+}
+
+/// The document of a pod, and the exit code it came with.
+fn document(lab: &Lab, pod: &str) -> (Value, i32) {
+    let ran = status(&[&name(lab, pod), "-o", "json"]);
+    let json = serde_json::from_str(&ran.out);
+    (
+        json.unwrap_or_else(|e| panic!("status of {pod}: {e}: exit {} {}{}", ran.code, ran.out, ran.err)),
+        ran.code,
+    )
+}
+
+fn protected(lab: &Lab, pod: &str) -> Value {
+    let (json, code) = document(lab, pod);
+    assert_eq!((&json["state"], code), (&"protected".into(), 0), "{pod}: {json:#}");
+    json
+}
+
+fn count(json: &Value, name: &str) -> u64 {
+    json["counters"][name].as_u64().unwrap_or_else(|| panic!("no count {name} in {json:#}"))
+}
+
+fn counts_every_packet(lab: &Lab) {
+    let (client, server) = ("shop-client", "shop-web2");
+    let to = lab.pod(server).v4.into();
+    let receiver = lab.pod(server).udp((to, BURST_PORT));
+    socket2::SockRef::from(&receiver).set_recv_buffer_size(4 << 20).expect("receive buffer");
+    let sender = lab.pod(client).udp_for(to);
+    let mut buffer = [0; 200];
+    sender.send_to(&[0; 100], (to, BURST_PORT)).expect("send");
+    receiver.recv(&mut buffer).expect("the first one waits for its session, and arrives");
+
+    let before = [client, server].map(|pod| protected(lab, pod));
+    for _ in 0..BURST {
+        sender.send_to(&[0; 100], (to, BURST_PORT)).expect("send");
+    }
+    for _ in 0..BURST {
+        receiver.recv(&mut buffer).expect("every datagram arrives");
+    }
+    let after = [client, server].map(|pod| protected(lab, pod));
+    let risen = |pod: usize, name: &str| count(&after[pod], name) - count(&before[pod], name);
+    // What else the pods say to each other is a handful of packets.
+    for (pod, counter) in [(0, "sealed"), (1, "opened")] {
+        let risen = risen(pod, counter);
+        assert!((BURST..BURST + 100).contains(&risen), "{counter} rose by {risen} of {BURST}");
+    }
+    let json = &after[0];
+    assert_eq!((&json["kind"], &json["project"]), (&"PodStatus".into(), &PROJECT.into()));
+    assert_eq!(json["name"], name(lab, client).as_str());
+    let pids = lab.agent_pids(client);
+    let wanted = |n: usize| Value::from(pids[n].as_raw());
+    assert_eq!((&json["launcher"]["pid"], &json["agent"]["pid"]), (&wanted(0), &wanted(1)));
+    assert!(json["guard"]["outbound_postrouting"].is_u64(), "{json:#}");
+    let peers = json["peers"]["items"].as_array().expect("peers");
+    let is_peer = |peer: &Value| peer["address"] == to.to_string().as_str() && peer["established"] == true;
+    assert!(peers.iter().any(is_peer), "{json:#}");
+
+    // The exit code also counts pods of other labs.
+    let all = status(&[]);
+    for pod in PROTECTED {
+        let line = all.out.lines().find(|line| line.starts_with(&format!("{} ", name(lab, pod))));
+        let words: Vec<_> = line.unwrap_or_default().split_whitespace().collect();
+        assert_eq!(words.get(1..3), Some(&[PROJECT, "protected"][..]), "{}{}", all.out, all.err);
+    }
+    let one = status(&[&lab.pod(client).netns.display().to_string()]);
+    assert_eq!((one.code, one.out.lines().count()), (0, 2), "{}{}", one.out, one.err);
+    let nobody = status(&[&name(lab, "bank-client")]);
+    assert_eq!(nobody.code, 2, "{}{}", nobody.out, nobody.err);
+    assert!(nobody.err.contains("nothing protects"), "{}", nobody.err);
+}
+
+/// Waits until the pod is protected by another agent than `old`: its status.
+fn replaced(lab: &Lab, pod: &str, old: &Value) -> Value {
+    let end = Instant::now() + Duration::from_secs(15);
+    loop {
+        let (json, code) = document(lab, pod);
+        if code == 0 && json["agent"]["pid"] != *old {
+            return json;
+        }
+        assert!(Instant::now() < end, "no new agent: {json:#}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn tells_of_ends(lab: &Lab) {
+    let pod = "shop-client";
+    let agent = || *lab.agent_pids(pod).get(1).expect("an agent");
+    let first = protected(lab, pod);
+    kill(agent(), Signal::SIGKILL).expect("kill");
+    let second = replaced(lab, pod, &first["agent"]["pid"]);
+    let times = |json: &Value| json["agent"]["replaced"].as_u64().expect("a count");
+    assert_eq!(times(&second), times(&first) + 1);
+    assert_eq!(second["agent"]["lastEnd"], "by signal 9");
+
+    // A frozen agent holds up nobody who asks; what overflows meanwhile is counted.
+    kill(agent(), Signal::SIGSTOP).expect("stop");
+    let asked = Instant::now();
+    let (frozen, code) = document(lab, pod);
+    assert_eq!((&frozen["state"], code), (&"closed".into(), 1), "{frozen:#}");
+    assert!(asked.elapsed() < Duration::from_secs(4), "answered after {:?}", asked.elapsed());
+    let to = (lab.pod("shop-web2").v4.into(), BURST_PORT);
+    let sender = lab.pod(pod).udp_for(to.0);
+    for _ in 0..OVERFLOW {
+        // Refused or dropped, all the same.
+        let _ = sender.send_to(&[0; 100], to);
+    }
+    let third = replaced(lab, pod, &second["agent"]["pid"]);
+    assert_eq!(times(&third), times(&second) + 1);
+    assert!(third["counters"]["drops"]["queue_overflow"].as_u64() > Some(0), "{third:#}");
+
+    for pid in lab.agent_pids(pod) {
+        kill(pid, Signal::SIGKILL).expect("kill");
+    }
+    let end = Instant::now() + Duration::from_secs(5);
+    let (closed, code) = loop {
+        let (json, code) = document(lab, pod);
+        if json["launcher"].is_null() || Instant::now() > end {
+            break (json, code);
+        }
+    };
+    assert_eq!((&closed["state"], &closed["reason"]), (&"closed".into(), &"no launcher".into()));
+    assert_eq!(code, 1);
+    assert_eq!(status(&[]).code, 1);
+    lifecycle::recover(lab);
+}
