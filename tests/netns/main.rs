@@ -15,11 +15,13 @@
 )]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
+mod crash;
 mod dns;
 mod escape;
 mod hostile;
 mod lab;
 mod lifecycle;
+mod load;
 mod names;
 mod packets;
 mod pod;
@@ -110,9 +112,15 @@ fn main() -> std::process::ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
     let mut cases: Vec<(u8, &'static Case)> = Vec::new();
-    for group in
-        [untouched::CASES, escape::CASES, reach::CASES, names::CASES, hostile::CASES, lifecycle::CASES]
-    {
+    for group in [
+        untouched::CASES,
+        escape::CASES,
+        reach::CASES,
+        names::CASES,
+        hostile::CASES,
+        lifecycle::CASES,
+        crash::CASES,
+    ] {
         cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
     }
     // The strictest value first; within a lab, agents change as seldom as they can.
