@@ -11,6 +11,7 @@
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::Case;
-use crate::lab::{Agents, Lab, PROJECT, PROTECTED};
+use crate::lab::{Agents, BACKENDS, Lab, PROJECT};
 use crate::load::{CLIENT, Canary, Load, SERVER, under_load, under_load_of_pods};
 
 /// The cases of this file.
@@ -30,6 +31,9 @@ pub const CASES: &[Case] = &[
         .looks_itself(),
     Case::new("crash_a_killed_agent_is_replaced_and_connections_live_on", agent_killed).sealed().seconds(900),
     Case::new("crash_an_aborted_agent_is_replaced_and_connections_live_on", agent_aborted)
+        .sealed()
+        .seconds(900),
+    Case::new("crash_an_agent_without_memory_is_replaced_and_connections_live_on", out_of_memory)
         .sealed()
         .seconds(900),
     Case::new("crash_an_agent_frozen_for_a_moment_goes_on", agent_paused).sealed(),
@@ -89,6 +93,46 @@ fn agent_dies(lab: &Lab, signal: Signal, rounds: usize) {
         }
     });
     report(signal.as_str(), &mut times, &canary);
+}
+
+/// An address space that may not grow, and flow after flow until it has to.
+fn out_of_memory(lab: &Lab) {
+    let mut times = Vec::new();
+    let canary = under_load(lab, |load| {
+        for round in 0..rounds(1, 100) {
+            settle();
+            let pod = victim(round);
+            let old = agent(lab, pod);
+            let limited = Command::new("prlimit").args(["--pid", &old.to_string(), "--as=1"]).status();
+            assert!(limited.is_ok_and(|status| status.success()), "prlimit --as");
+            thread::scope(|scope| {
+                let came_back = scope.spawn(|| back(lab, load, pod, old));
+                open_flows(lab, |tried| came_back.is_finished() || tried.elapsed() > SUCCESSOR_LIMIT);
+                times.push(came_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            });
+            load.assert_connections_go_on();
+        }
+    });
+    report("RLIMIT_AS", &mut times, &canary);
+}
+
+/// One datagram to each port of the server, from one socket after the other, until it is enough.
+fn open_flows(lab: &Lab, enough: impl Fn(Instant) -> bool) {
+    let started = Instant::now();
+    let to = lab.pod(SERVER).v4;
+    while !enough(started) {
+        let socket = lab.pod(CLIENT).udp_for(to.into());
+        for port in 10_000..30_000 {
+            // Lost or refused, it was a flow.
+            let _ = socket.send_to(b"flow", (to, port));
+            if port % 50 == 0 {
+                thread::sleep(Duration::from_millis(1));
+                if enough(started) {
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// Too short to count as dead: the same agent goes on.
@@ -174,6 +218,7 @@ fn upgraded(lab: &Lab) {
         for round in 0..rounds(5, 20) {
             renew(lab, &[victim(round)]);
             load.assert_connections_go_on();
+            thread::sleep(Duration::from_millis(200));
         }
     });
     assert_none_lost(&canary);
@@ -206,17 +251,28 @@ fn key_rotated(lab: &Lab) {
         for text in steps {
             // In place: the file keeps its owner and its mode.
             fs::write(&file, text).expect("the key file");
-            renew(lab, &PROTECTED);
+            renew(lab, &[CLIENT, "shop-web1"]);
+            // Between the halves, and with no session to go on with.
+            shake_hands_anew(lab, "shop-client2");
+            renew(lab, &["shop-client2", SERVER]);
             load.assert_connections_go_on();
-            for (from, to) in [(CLIENT, "shop-web1"), ("shop-client2", "shop-web1"), ("shop-client2", SERVER)]
-            {
-                let got = lab.pod(from).http_get((lab.pod(to).v4, 8080), Duration::from_secs(5));
-                assert!(got.is_ok(), "{from} to {to}: {got:?}");
-            }
         }
     });
     fs::write(&file, format!("{new}\n")).expect("the key file");
     assert_none_lost(&canary);
+    shake_hands_anew(lab, "shop-client2");
+    shake_hands_anew(lab, CLIENT);
+}
+
+/// Kills an agent, sessions and all, and has the pod speak to both backends.
+fn shake_hands_anew(lab: &Lab, pod: &str) {
+    let old = agent(lab, pod);
+    kill(old, Signal::SIGKILL).expect("kill");
+    await_successor(lab, pod, old);
+    for to in BACKENDS {
+        let got = lab.pod(pod).http_get((lab.pod(to).v4, 8080), Duration::from_secs(10));
+        assert!(got.is_ok(), "{pod} to {to}: {got:?}");
+    }
 }
 
 /// Has the agents of `pods` replaced in order, all at once, and waits for the end of the old ones.
@@ -236,12 +292,16 @@ fn renew(lab: &Lab, pods: &[&str]) {
 
 /// Waits for the successor of `old`, and tells how long after its start a datagram arrived.
 fn back(lab: &Lab, load: &Load, pod: &str, old: Pid) -> Duration {
+    await_successor(lab, pod, old);
+    arrival(load, Instant::now())
+}
+
+fn await_successor(lab: &Lab, pod: &str, old: Pid) {
     let end = Instant::now() + SUCCESSOR_LIMIT;
     while !agents_in(lab, pod).iter().any(|pid| *pid != old) {
         assert!(Instant::now() < end, "{pod}: agent {old} has no successor");
         thread::sleep(Duration::from_millis(1));
     }
-    arrival(load, Instant::now())
 }
 
 fn arrival(load: &Load, since: Instant) -> Duration {
