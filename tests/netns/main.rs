@@ -15,6 +15,7 @@
 )]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
+mod crash;
 mod dns;
 mod escape;
 mod guard;
@@ -22,6 +23,7 @@ mod hostile;
 mod lab;
 mod ladder;
 mod lifecycle;
+mod load;
 mod names;
 mod packets;
 mod pod;
@@ -123,6 +125,7 @@ fn main() -> std::process::ExitCode {
         hostile::CASES,
         ladder::CASES,
         lifecycle::CASES,
+        crash::CASES,
         watch::CASES,
         status::CASES,
     ] {
