@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::Context as _;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -115,6 +116,7 @@ impl Applier {
             held: facts.stale.iter().map(|to| (*to, Held::Adopted)).collect(),
             facts,
             flows,
+            sweep_at: Instant::now(),
         };
         let thread = std::thread::Builder::new().name("applier".into()).spawn(move || {
             loop {
@@ -127,6 +129,7 @@ impl Applier {
                     Ok(Order::Check) => Done::Checked(kernel.check()),
                     Ok(Order::GuardLoaded) => Done::Checked(kernel.guard_loaded()),
                     Err(RecvTimeoutError::Timeout) => {
+                        kernel.sweep_at = Instant::now() + flows::SWEEP;
                         kernel.flows.sweep(&mut kernel.netlink);
                         continue;
                     }
@@ -210,13 +213,16 @@ struct Kernel {
     /// Addresses of the namespace that were there when the agent came, by device.
     known: BTreeSet<(u32, IpAddr)>,
     flows: Flows,
+    /// When the pins are looked at next.
+    sweep_at: Instant,
 }
 
 impl Kernel {
     /// Waits for a batch; a time-out means that pins are to be swept.
     fn next(&self, inbox: &Receiver<Order>) -> Result<Order, RecvTimeoutError> {
         if self.flows.has_pins() {
-            inbox.recv_timeout(flows::SWEEP)
+            // Orders do not put it off.
+            inbox.recv_timeout(self.sweep_at.saturating_duration_since(Instant::now()))
         } else {
             inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
         }

@@ -173,7 +173,8 @@ impl Flows {
     }
 
     fn unpin_closed(&mut self, netlink: &mut Netlink, sockets: &[Socket]) -> Result<(), netlink::Error> {
-        let open: BTreeSet<_> = sockets.iter().map(|socket| socket.tuple).collect();
+        let open = sockets.iter().filter(|socket| socket.is_live()).map(|socket| socket.tuple);
+        let open: BTreeSet<_> = open.collect();
         let closed: Vec<_> =
             self.pins.iter().filter(|(tuple, _)| !open.contains(tuple)).map(|(t, s)| (*t, *s)).collect();
         netlink.unpin(closed.iter().copied())?;

@@ -6,7 +6,9 @@
 //! 1. the directory names a peer: it is probed (3 handshakes, 1 s apart; again every 60 s, able or not)
 //! 2. a completed handshake, whoever began it, makes it able; silence makes it unable until one completes again, or until
 //!    data of it is opened
-//! 3. a peer's address is captured while the peer is able; a VIP while it has ready endpoints and all of them are able
+//! 3. a VIP is captured while it has ready endpoints and all of them are able, a peer's address while the peer is able. But
+//!    whoever stands behind a VIP that is passed meets its clients in clear, from their own addresses, and answers them so:
+//!    it is passed as well, and so is every other VIP that it stands behind
 //! 4. `poll_decision` gives what changed to `proto::routing`; what is not captured is carried by the platform
 //!
 //! An able peer is asked again 60 s after its last handshake: two ends that cannot reach each other any more both find out,
@@ -79,7 +81,6 @@ struct Peer {
 #[derive(Debug, Default)]
 struct Service {
     ready: BTreeSet<IpAddr>,
-    captured: bool,
 }
 
 /// The state in permissive and audit mode.
@@ -88,12 +89,13 @@ pub struct Ladder {
     own: Vec<IpAddr>,
     peers: BTreeMap<IpAddr, Peer>,
     vips: BTreeMap<IpAddr, Service>,
-    /// (endpoint, VIP).
-    uses: BTreeSet<(IpAddr, IpAddr)>,
     due: BTreeSet<(Instant, IpAddr)>,
     /// Before this no other probe starts.
     next_start: Option<Instant>,
     probes: VecDeque<Probe>,
+    /// Something changed that decisions depend on.
+    stale: bool,
+    decided: BTreeMap<IpAddr, bool>,
     decisions: VecDeque<(IpAddr, bool)>,
 }
 
@@ -105,7 +107,8 @@ impl Ladder {
             own,
             peers: BTreeMap::new(),
             vips: BTreeMap::new(),
-            uses: BTreeSet::new(),
+            stale: false,
+            decided: BTreeMap::new(),
             due: BTreeSet::new(),
             next_start: None,
             probes: VecDeque::new(),
@@ -126,37 +129,28 @@ impl Ladder {
         let start = self.next_start.map_or(now.instant, |at| at.max(now.instant));
         self.next_start = Some(start + PACE);
         self.schedule(address, Some(start));
-        self.reconsider(address);
+        self.stale = true;
     }
 
     /// The directory no longer names the peer.
     pub fn remove_peer(&mut self, address: IpAddr) {
         self.schedule(address, None);
-        if self.peers.remove(&address).is_some() {
-            self.reconsider(address);
-        }
+        self.stale |= self.peers.remove(&address).is_some();
+        self.forget(address);
     }
 
     /// The directory names or changes a VIP.
     pub fn set_vip(&mut self, vip: &Vip) {
         let endpoints = vip.ports.iter().flat_map(|port| &port.endpoints);
         let ready: BTreeSet<_> = endpoints.filter(|e| e.ready).map(|e| e.address).collect();
-        let service = self.vips.entry(vip.address).or_default();
-        let former = std::mem::replace(&mut service.ready, ready);
-        for endpoint in former {
-            self.uses.remove(&(endpoint, vip.address));
-        }
-        self.uses.extend(service.ready.iter().map(|endpoint| (*endpoint, vip.address)));
-        self.reconsider_vip(vip.address);
+        self.vips.insert(vip.address, Service { ready });
+        self.stale = true;
     }
 
     /// The directory no longer names the VIP.
     pub fn remove_vip(&mut self, address: IpAddr) {
-        let Some(service) = self.vips.remove(&address) else { return };
-        for endpoint in service.ready {
-            self.uses.remove(&(endpoint, address));
-        }
-        self.decide(address);
+        self.stale |= self.vips.remove(&address).is_some();
+        self.forget(address);
     }
 
     /// A handshake with the peer is complete, or data of it was opened.
@@ -166,7 +160,7 @@ impl Ladder {
         let news = !std::mem::replace(&mut peer.able, true);
         self.schedule(address, Some(now.instant + PROBE_INTERVAL));
         if news {
-            self.reconsider(address);
+            self.stale = true;
         }
     }
 
@@ -175,7 +169,7 @@ impl Ladder {
         let Some(peer) = self.peers.get_mut(&address).filter(|peer| peer.able) else { return };
         (peer.able, peer.tries) = (false, 0);
         self.schedule(address, Some(now.instant + PROBE_INTERVAL));
-        self.reconsider(address);
+        self.stale = true;
     }
 
     /// Goes on with the probes that are due.
@@ -198,8 +192,15 @@ impl Ladder {
             self.probes.push_back(Probe::Forget(address));
             self.schedule(address, Some(now.instant + PROBE_INTERVAL));
             if news {
-                self.reconsider(address);
+                self.stale = true;
             }
+        }
+    }
+
+    /// An address that is neither peer nor VIP any more is decided about anew when it comes back.
+    fn forget(&mut self, address: IpAddr) {
+        if !self.peers.contains_key(&address) && !self.vips.contains_key(&address) {
+            self.decided.remove(&address);
         }
     }
 
@@ -211,35 +212,41 @@ impl Ladder {
         self.due.extend(due.map(|at| (at, address)));
     }
 
-    /// The peer's own address, then every VIP that it stands behind.
-    fn reconsider(&mut self, peer: IpAddr) {
-        self.decide(peer);
-        let behind = self.uses.range((peer, FIRST)..).take_while(|(endpoint, _)| *endpoint == peer);
-        let vips: Vec<_> = behind.map(|(_, vip)| *vip).collect();
-        vips.into_iter().for_each(|vip| self.reconsider_vip(vip));
-    }
-
-    fn reconsider_vip(&mut self, address: IpAddr) {
-        let Some(service) = self.vips.get(&address) else { return };
-        let able = |e: &IpAddr| self.own.contains(e) || self.peers.get(e).is_some_and(|peer| peer.able);
-        let captured = !service.ready.is_empty() && service.ready.iter().all(able);
-        if let Some(service) = self.vips.get_mut(&address) {
-            service.captured = captured;
+    /// Decides about every address together. A VIP is captured while it has ready endpoints, all of them able, and none of
+    /// them behind a VIP that is passed; a peer while it is able and behind no such VIP. Nothing is captured while we are
+    /// behind one ourselves: its clients come in clear, from the addresses of peers.
+    fn decide(&mut self) {
+        if !std::mem::take(&mut self.stale) {
+            return;
         }
-        self.decide(address);
-    }
-
-    fn decide(&mut self, address: IpAddr) {
-        self.decisions.push_back((address, self.is_captured(address)));
-    }
-
-    /// Whether an address of the directory is captured.
-    #[must_use]
-    pub fn is_captured(&self, address: IpAddr) -> bool {
-        let (peer, vip) = (self.peers.get(&address), self.vips.get(&address));
-        (peer.is_some() || vip.is_some())
-            && peer.is_none_or(|peer| peer.able)
-            && vip.is_none_or(|vip| vip.captured)
+        let able = |e: &IpAddr| self.own.contains(e) || self.peers.get(e).is_some_and(|peer| peer.able);
+        let ready = self.vips.iter().filter(|(_, vip)| !vip.ready.is_empty() && vip.ready.iter().all(able));
+        let mut captured: BTreeSet<IpAddr> = ready.map(|(address, _)| *address).collect();
+        let mut in_clear = BTreeSet::new();
+        loop {
+            let passed = self.vips.iter().filter(|(address, _)| !captured.contains(address));
+            in_clear.extend(passed.flat_map(|(_, vip)| &vip.ready).copied());
+            let before = captured.len();
+            captured.retain(|address| self.vips[address].ready.is_disjoint(&in_clear));
+            if captured.len() == before {
+                break;
+            }
+        }
+        if self.own.iter().any(|own| in_clear.contains(own)) {
+            captured.clear();
+        } else {
+            let able = self.peers.iter().filter(|(address, peer)| peer.able && !in_clear.contains(address));
+            // An address may be both, and then both have to agree.
+            let able: BTreeSet<_> = able.map(|(address, _)| *address).collect();
+            captured.retain(|address| !self.peers.contains_key(address) || able.contains(address));
+            captured.extend(able.into_iter().filter(|address| !self.vips.contains_key(address)));
+        }
+        for address in self.peers.keys().chain(self.vips.keys()) {
+            let now = captured.contains(address);
+            if self.decided.insert(*address, now) != Some(now) {
+                self.decisions.push_back((*address, now));
+            }
+        }
     }
 
     /// The next handshake to begin or to forget.
@@ -249,6 +256,7 @@ impl Ladder {
 
     /// The next address that was decided about, and whether it is captured. May say again what it said before.
     pub fn poll_decision(&mut self) -> Option<(IpAddr, bool)> {
+        self.decide();
         self.decisions.pop_front()
     }
 
@@ -268,13 +276,11 @@ impl Ladder {
             };
             (*address, standing)
         });
-        let standing = |vip: &Service| if vip.captured { Standing::Captured } else { Standing::Passed };
-        peers.chain(self.vips.iter().map(move |(address, vip)| (*address, standing(vip))))
+        let captured = |vip| self.decided.get(vip).is_some_and(|captured| *captured);
+        let standing = move |vip| if captured(vip) { Standing::Captured } else { Standing::Passed };
+        peers.chain(self.vips.keys().map(move |vip| (*vip, standing(vip))))
     }
 }
-
-/// Sorts before every other address.
-const FIRST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
 impl Standing {
     /// The word used in status and docs.

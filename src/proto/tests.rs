@@ -700,12 +700,12 @@ fn small_packets_for_one_peer_share_a_send_and_arrive_in_order() {
     assert_eq!(got, (0..80).collect::<Vec<u8>>());
 }
 
-/// Three pods below strict; the third one has no agent at first. The VIP stands before server and third.
+/// Three pods below strict; the third one has no agent at first. The IPv4 VIP stands before the third alone.
 fn half_migrated() -> Network {
     let mut network = Network::with_mode(&[CLIENT, SERVER, THIRD], Mode::Permissive);
     network.nodes[2].absent = true;
     let mut changes = everything();
-    changes.push(vip(VIP[0], &[SERVER[0], THIRD[0]]));
+    changes.push(vip(VIP[0], &[THIRD[0]]));
     for node in 0..2 {
         network.tell(node, changes.clone());
     }
@@ -717,7 +717,7 @@ fn half_migrated() -> Network {
 fn migrate(network: &mut Network) {
     network.nodes[2].absent = false;
     let mut changes = everything();
-    changes.push(vip(VIP[0], &[SERVER[0], THIRD[0]]));
+    changes.push(vip(VIP[0], &[THIRD[0]]));
     network.tell(2, changes);
 }
 
@@ -752,6 +752,8 @@ fn a_vip_is_captured_only_while_all_its_ready_endpoints_are_able() {
     migrate(&mut network);
     network.advance(Duration::from_millis(500));
     assert!(network.is_captured(0, VIP[0]) && network.is_captured(1, VIP[0]));
+    network.tell(0, vec![vip(VIP[0], &[SERVER[0], THIRD[0]])]);
+    assert!(network.is_captured(0, VIP[0]));
     // An endpoint that is not ready does not count, and one without a workload is never able.
     let Change::SetVip(mut changed) = vip(VIP[0], &[SERVER[0], "10.9.9.9"]) else { panic!() };
     network.tell(0, vec![Change::SetVip(changed.clone())]);
@@ -765,6 +767,26 @@ fn a_vip_is_captured_only_while_all_its_ready_endpoints_are_able() {
     assert!(!network.is_captured(0, VIP[0]), "nobody would answer");
     network.tell(0, vec![vip(VIP[0], &[CLIENT[0]])]);
     assert!(network.is_captured(0, VIP[0]), "our own address counts as able");
+}
+
+/// Its clients come in clear and are answered so, from and to the pods' own addresses.
+#[test]
+fn who_stands_behind_a_passed_vip_is_passed_too_and_so_is_every_vip_it_stands_behind() {
+    let mut network = half_migrated();
+    let other = "10.96.0.81";
+    let changes = vec![vip(VIP[0], &[SERVER[0], THIRD[0]]), vip(other, &[SERVER[0]])];
+    (0..2).for_each(|node| network.tell(node, changes.clone()));
+    for address in [VIP[0], other, SERVER[0]] {
+        assert!(!network.is_captured(0, address), "{address}");
+    }
+    assert!(!network.is_captured(1, CLIENT[0]), "we stand behind it ourselves");
+    migrate(&mut network);
+    (0..3).for_each(|node| network.tell(node, changes.clone()));
+    network.advance(Duration::from_millis(500));
+    for address in [VIP[0], other, SERVER[0]] {
+        assert!(network.is_captured(0, address), "{address}");
+    }
+    assert!(network.is_captured(1, CLIENT[0]));
 }
 
 #[test]

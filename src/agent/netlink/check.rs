@@ -38,7 +38,7 @@ pub(crate) enum Wanted {
     Pass,
     /// The twin; our address of that family is gone, and nothing can be sent from it.
     Twin,
-    /// Whatever a former agent left.
+    /// Whatever a former agent left; if that is gone, a `prohibit` route.
     Any,
 }
 
@@ -167,6 +167,33 @@ fn rule_diff(capture: &Capture, dumped: &[RuleMessage]) -> Diff {
     diff
 }
 
+/// The routes that are there, and what becomes of them.
+struct Comparison<'a> {
+    found: BTreeMap<Place, Vec<&'a RouteMessage>>,
+    diff: Diff,
+}
+
+impl Comparison<'_> {
+    /// Wants `message` at its place, as it is.
+    fn want(&mut self, message: RouteMessage, object: Object, missing: Tampering) {
+        let at = self.found.remove(&place(&message)).unwrap_or_default();
+        if at.len() > 1 {
+            self.diff.standing.push(Tampering::RouteForeign);
+        }
+        match at.first() {
+            Some(there) if facts(there) == facts(&message) => {}
+            Some(_) => {
+                self.diff.put.push(put(message, object));
+                self.diff.repaired.push(Tampering::RouteChanged);
+            }
+            None => {
+                self.diff.put.push(put(message, object));
+                self.diff.repaired.push(missing);
+            }
+        }
+    }
+}
+
 /// Where a route stands: table, IPv6, destination and prefix length, metric.
 type Place = (u32, bool, Option<IpAddr>, u8, u32);
 
@@ -178,51 +205,44 @@ fn route_diff(
     wanted: &BTreeMap<IpAddr, Wanted>,
     dumped: &[RouteMessage],
 ) -> Diff {
-    let mut diff = Diff::default();
-    let mut found: BTreeMap<Place, Vec<&RouteMessage>> = BTreeMap::new();
+    let mut kernel = Comparison { found: BTreeMap::new(), diff: Diff::default() };
     for message in dumped {
-        found.entry(place(message)).or_default().push(message);
+        kernel.found.entry(place(message)).or_default().push(message);
     }
-    let mut want = |message: RouteMessage, object: Object, missing: Tampering| {
-        let at = found.remove(&place(&message)).unwrap_or_default();
-        if at.len() > 1 {
-            diff.standing.push(Tampering::RouteForeign);
-        }
-        match at.first() {
-            Some(there) if facts(there) == facts(&message) => {}
-            Some(_) => {
-                diff.put.push(put(message, object));
-                diff.repaired.push(Tampering::RouteChanged);
-            }
-            None => {
-                diff.put.push(put(message, object));
-                diff.repaired.push(missing);
-            }
-        }
-    };
     for own in own {
         let ipv6 = own.is_ipv6();
         let to = Destination::Default { table: T53, ipv6 };
         let object = || Object::Default { table: T53, ipv6 };
-        want(route(RouteType::Unreachable, to, TWIN_METRIC), object(), Tampering::TwinMissing);
+        kernel.want(route(RouteType::Unreachable, to, TWIN_METRIC), object(), Tampering::TwinMissing);
         if !present.contains(own) {
             continue;
         }
         let mut default = route(RouteType::Unicast, to, METRIC);
         default.attributes.extend([RouteAttribute::Oif(index), RouteAttribute::PrefSource((*own).into())]);
-        want(default, object(), Tampering::RouteMissing);
+        kernel.want(default, object(), Tampering::RouteMissing);
     }
     for (to, wanted) in wanted {
         let destination = Destination::Host(*to);
         let twin = route(RouteType::Unreachable, destination, TWIN_METRIC);
         let message = match wanted {
-            Wanted::Any => continue,
+            Wanted::Any => {
+                let prohibit = route(RouteType::Prohibit, destination, METRIC);
+                // Whatever it was, what is not there any more refuses.
+                if !kernel.found.contains_key(&place(&prohibit)) {
+                    kernel
+                        .diff
+                        .put
+                        .extend([put(twin, Object::Route(*to)), put(prohibit, Object::Route(*to))]);
+                    kernel.diff.repaired.push(Tampering::RouteMissing);
+                }
+                continue;
+            }
             Wanted::Twin => {
-                want(twin, Object::Route(*to), Tampering::TwinMissing);
+                kernel.want(twin, Object::Route(*to), Tampering::TwinMissing);
                 continue;
             }
             Wanted::Pass => {
-                want(
+                kernel.want(
                     route(RouteType::Throw, destination, METRIC),
                     Object::Route(*to),
                     Tampering::RouteMissing,
@@ -240,9 +260,10 @@ fn route_diff(
                 message
             }
         };
-        want(twin, Object::Route(*to), Tampering::TwinMissing);
-        want(message, Object::Route(*to), Tampering::RouteMissing);
+        kernel.want(twin, Object::Route(*to), Tampering::TwinMissing);
+        kernel.want(message, Object::Route(*to), Tampering::RouteMissing);
     }
+    let Comparison { found, mut diff } = kernel;
     let half = |place: &Place| {
         place.0 == T53 && place.2.is_none() && !present.iter().any(|own| own.is_ipv6() == place.1)
     };
