@@ -6,7 +6,7 @@
 //! 1. one datagram holds a whole transaction: batch begin, one message per set and thousand addresses, batch end
 //! 2. both tables (inet, and netdev where the kernel has egress hooks) change in that one transaction, or none does
 //! 3. the last message asks for an acknowledgement; errors come unasked, each with the number of its message
-//! 4. [`Guard::check`] reads tables, rules and elements back, for the watch; [`Guard::refill`] makes the sets right again
+//! 4. `check` reads tables, rules and elements back, for the watch; `refill` makes the sets right again
 //!
 //! Source: linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h.
 
