@@ -22,7 +22,7 @@ fn what_is_not_there_yet_ends_with_2_and_names_itself() {
     for (line, name) in [
         ("launch --netns a --project-key-file k --directory d --cipher aes256gcm", "--cipher"),
         ("launch --capture=learned", "--capture"),
-        ("status -o json", "status"),
+        ("peers -o json", "peers"),
         ("node", "node"),
     ] {
         let output = tencrypt(line);
@@ -71,7 +71,7 @@ fn a_malformed_log_filter_ends_with_2() {
 #[test]
 fn an_agent_without_a_launcher_ends_with_3_and_touches_nothing() {
     // Its descriptors are not open, or are not what they are said to be.
-    let output = tencrypt("agent --netns-fd 1001 --channel-fd 1002 --lock-fd 1003");
+    let output = tencrypt("agent --netns-fd 1001 --listener-fd 1002");
     assert_eq!(output.status.code(), Some(3));
     assert!(stderr(&output).contains("--netns-fd"), "{}", stderr(&output));
 }

@@ -5,18 +5,20 @@ use std::fs::File;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tencrypt::agent::netlink::MARK;
 use tencrypt::launcher::guard::{self, Gate, Loaded, Skeleton, WouldDrop};
 use tencrypt::proto::ladder::Mode;
 
 use crate::Case;
-use crate::lab::{Agents, Lab, RESOLVER, TUNNEL_PORT};
+use crate::lab::{Agents, Lab, Launched, RESOLVER, TUNNEL_PORT};
+use crate::lifecycle::{StopAtEnd, keep_trying};
 use crate::packets::{self, CANARY};
 use crate::pod::Pod;
+use crate::services::copy_directory;
 
 /// The cases of this file.
 pub const CASES: &[Case] = &[
@@ -29,7 +31,50 @@ pub const CASES: &[Case] = &[
     Case::new("promise_2_nothing_slips_through_while_the_gate_opens", opening)
         .agents(Agents::Off)
         .looks_itself(),
+    Case::new("promise_1_guard_first_closes_the_pod_before_its_first_instruction", guard_first)
+        .agents(Agents::Off)
+        .seconds(900),
 ];
+
+/// An application that speaks from its first instruction on, while the directory is still missing, until it is protected.
+fn guard_first(lab: &Lab) {
+    let key = lab.key_file(crate::lab::PROJECT);
+    let directory = copy_directory(lab, "guard-first");
+    let away = directory.with_extension("away");
+    let _server = Launched::pod(lab, "shop-web2", &lab.directory(crate::lab::PROJECT), &key);
+    let client = lab.pod("shop-client");
+    for round in 0..if crate::long() { 200 } else { 4 } {
+        std::fs::rename(&directory, &away).expect("the directory goes");
+        let mut args = Launched::args(lab, "shop-client", &directory, &key);
+        args.push("--guard-first".to_owned());
+        let mut launched = Launched::start(lab, &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let end = Instant::now() + Duration::from_secs(5);
+        while !launched.printed().contains("guarded ") {
+            assert!(Instant::now() < end, "not guarded:\n{}", launched.printed());
+            thread::sleep(Duration::from_millis(1));
+        }
+        let (stop, tries) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
+            scope.spawn(|| keep_trying(lab, true, &stop, &tries));
+            thread::sleep(Duration::from_millis(50 + 37 * (round % 7)));
+            assert!(
+                client.http_get((crate::lab::external()[0], 80), Duration::from_millis(200)).is_err(),
+                "the pod speaks to the outside before it is protected"
+            );
+            lab.assert_no_leak();
+            std::fs::rename(&away, &directory).expect("the directory comes");
+            launched.wait_ready();
+            let (status, _) = client
+                .http_get((lab.pod("shop-web2").v4, 8080), Duration::from_secs(5))
+                .expect("traffic through the tunnel");
+            assert_eq!(status, 200);
+            client.http_get((crate::lab::external()[0], 80), Duration::from_secs(5)).expect("the outside");
+        });
+        lab.assert_no_leak();
+        assert_eq!(launched.stop(), Some(0), "{}", launched.printed());
+    }
+}
 
 /// A port nobody in the lab serves.
 const PORT: u16 = 7117;

@@ -18,6 +18,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Once;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
@@ -354,9 +355,13 @@ fn host(identity: Identity) -> Option<&'static str> {
     match is("1") {
         Ok(same) => same.then_some("PID 1, the host"),
         Err(_) => {
-            warn!(
-                "host_netns_unverified: the network namespace of PID 1 cannot be read, ancestors are compared"
-            );
+            // Once: what is not there yet is looked for again and again.
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                warn!(
+                    "host_netns_unverified: the network namespace of PID 1 cannot be read, ancestors are compared"
+                );
+            });
             ancestors().any(|pid| is(&pid).unwrap_or(false)).then_some("an ancestor of this process")
         }
     }
