@@ -105,7 +105,8 @@ impl Routing {
     /// A former agent protected `addresses`, and nobody named them yet: they stay as they are, closed, as if the directory
     /// had just removed them.
     pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
-        let until = now.instant + PROHIBITED;
+        // What DNS alone knew must not go in clear before its time.
+        let until = now.instant + PROHIBITED.max(DNS_LIFE);
         for address in addresses {
             let batch = BatchId::default();
             let entry = Entry {
@@ -416,9 +417,9 @@ mod tests {
         assert!(routing.poll_batch().is_none() && !routing.is_active(address(1)));
         routing.add_from_directory(address(1));
         assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Protect(address(1))]);
-        routing.handle_timeout(at(start, 29));
+        routing.handle_timeout(at(start, 59));
         assert!(routing.poll_batch().is_none());
-        routing.handle_timeout(at(start, 30));
+        routing.handle_timeout(at(start, 60));
         assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(2))]);
         assert!(routing.is_protected(address(1)));
     }
