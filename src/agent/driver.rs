@@ -498,7 +498,11 @@ impl Driver {
                 }
                 Ok(Some(Received::Closed)) => return self.lose_launcher(token, now),
                 Ok(None) => return Ok(None),
-                Err(error) => warn!(%error, "message of the launcher refused"),
+                // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
+                Err(error) => {
+                    warn!(%error, "message of the launcher refused: the agent hangs up");
+                    return self.lose_launcher(token, now);
+                }
             }
         }
     }
@@ -550,8 +554,9 @@ impl Driver {
             self.sources.epoll.delete(&channel).context("forget the channel")?;
         }
         self.sources.remove(token);
-        // Half a directory counts for nothing.
+        // Half a directory counts for nothing, and nobody would make a successor go on.
         self.changes.clear();
+        self.hand_over_by = None;
         if self.session.parked {
             return Ok(Some(End::Abandoned));
         }

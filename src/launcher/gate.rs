@@ -19,8 +19,9 @@ use super::guard::{self, Gate, Skeleton};
 use super::plan::Plan;
 use super::pod::network::PodNetwork;
 use super::pod::{PodError, PodNetns, Target};
+use super::process::{Agent, Stop};
 use super::runtime::Runtime;
-use super::{Failure, Signals, take_runtime};
+use super::{Failure, Signals, clear, take_runtime};
 use crate::cli;
 
 /// How often what is missing is looked for.
@@ -73,7 +74,7 @@ impl Closed {
     /// gone; nothing is left.
     ///
     /// # Errors
-    /// The guard could not be removed.
+    /// Not everything could be removed.
     pub(super) async fn wait(
         &self,
         arguments: &cli::Launch,
@@ -82,6 +83,8 @@ impl Closed {
         let mut said = String::new();
         loop {
             match Plan::make(arguments) {
+                // The name may be another namespace's by now.
+                Ok(plan) if plan.netns.identity() != self.netns.identity() => {}
                 Ok(mut plan) => {
                     if self.protected {
                         plan.skeleton.gate = Gate::Open;
@@ -100,8 +103,8 @@ impl Closed {
                 biased;
                 () = signals.stop() => {
                     info!("stopped before the pod was protected");
-                    guard::remove(&self.netns_fd).map_err(Failure::kernel)?;
-                    break;
+                    self.open().await?;
+                    return Ok(None);
                 }
                 () = tokio::time::sleep(LOOK) => {}
             }
@@ -112,5 +115,17 @@ impl Closed {
         }
         self.runtime.remove();
         Ok(None)
+    }
+
+    /// Removes everything, first the agent of an earlier launcher.
+    async fn open(&self) -> Result<(), Failure> {
+        let mut stopped = Stop::Unclean;
+        if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)?
+            && let Some((agent, _)) =
+                Agent::adopt(channel, self.netns.identity()).await.map_err(Failure::kernel)?
+        {
+            stopped = agent.stop().await.map_err(Failure::kernel)?;
+        }
+        clear(&self.netns, &self.netns_fd, &self.runtime, stopped)
     }
 }

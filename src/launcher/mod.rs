@@ -14,7 +14,9 @@
 //! While there is no agent the pod is closed: guard, routes and `tenc0` stay. May touch: what its modules may.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::pin::pin;
 
 use anyhow::{Context, anyhow};
 use rustix::thread::{CapabilitySet, capabilities};
@@ -172,26 +174,28 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     // Looked at before the load: one that fails half way is removed too.
     let found_guard = guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
     let mut supervisor = Supervisor::new(&mut plan, &runtime, log_filter);
-    let up = tokio::select! {
-        biased;
-        () = signals.stop() => None,
-        up = bring_up(&mut supervisor) => Some(up),
+    let (up, stopped) = {
+        let mut up = pin!(bring_up(&mut supervisor));
+        tokio::select! {
+            biased;
+            // Not broken off: an agent that is being taken over or handed over would be lost, and live on. All of its steps
+            // have limits.
+            () = signals.stop() => (up.await, true),
+            up = &mut up => (up, false),
+        }
     };
-    match up {
-        Some(Ok(())) => {}
-        Some(Err(failure)) => {
-            if let Err(left) = take_down(supervisor, &runtime, !found_guard).await {
-                warn!(
-                    error = format!("{:#}", left.error),
-                    "the pod stays closed: not everything could be removed"
-                );
-            }
-            return Err(failure);
+    if stopped {
+        info!("stopped before the pod was protected");
+        return take_down(supervisor, &runtime, true).await;
+    }
+    if let Err(failure) = up {
+        if let Err(left) = take_down(supervisor, &runtime, !found_guard).await {
+            warn!(
+                error = format!("{:#}", left.error),
+                "the pod stays closed: not everything could be removed"
+            );
         }
-        None => {
-            info!("stopped before the pod was protected");
-            return take_down(supervisor, &runtime, true).await;
-        }
+        return Err(failure);
     }
     supervisor.plan.announce();
     match supervisor.run(&mut signals).await {
@@ -223,10 +227,7 @@ fn take_runtime(netns: &PodNetns) -> Result<Runtime, Failure> {
     })
 }
 
-/// Guard, then the agent; ends when the agent is ready.
-///
-/// # Cancel safety
-/// What was made is known to the supervisor.
+/// Guard, then the agent; ends when the agent is ready. To be awaited to its end.
 async fn bring_up(supervisor: &mut Supervisor<'_>) -> Result<(), Failure> {
     match guard::load(&supervisor.plan.netns_fd, &supervisor.plan.skeleton).map_err(Failure::kernel)? {
         Loaded::Full => {}
@@ -249,22 +250,28 @@ async fn take_down(
 ) -> Result<Exit, Failure> {
     let stopped = supervisor.stop().await.map_err(Failure::kernel)?;
     let plan = supervisor.plan;
-    if stopped == Stop::Unclean && remove_guard {
-        let swept = plan.netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
-        swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
-    }
     if remove_guard {
-        report_guard(plan);
-        guard::remove(&plan.netns_fd).map_err(Failure::kernel)?;
-        runtime.remove();
+        clear(&plan.netns, &plan.netns_fd, runtime, stopped)?;
     }
     info!(netns = plan.netns.name(), "removed");
     Ok(Exit::Good)
 }
 
+/// What an agent that has ended left, then the guard, then the files.
+fn clear(netns: &PodNetns, netns_fd: &OwnedFd, runtime: &Runtime, stopped: Stop) -> Result<(), Failure> {
+    if stopped == Stop::Unclean {
+        let swept = netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
+        swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
+    }
+    report_guard(netns_fd);
+    guard::remove(netns_fd).map_err(Failure::kernel)?;
+    runtime.remove();
+    Ok(())
+}
+
 /// What the guard refused goes with its tables: it is said before.
-fn report_guard(plan: &Plan) {
-    match guard::counters(&plan.netns_fd) {
+fn report_guard(netns_fd: &OwnedFd) {
+    match guard::counters(netns_fd) {
         Ok(counters) => {
             for (counter, count) in counters.iter().filter(|(_, count)| count.packets > 0) {
                 info!(counter, packets = count.packets, "dropped by the guard");

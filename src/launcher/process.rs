@@ -158,8 +158,9 @@ impl Agent {
         for descriptor in [&netns, &listener] {
             fcntl_setfd(descriptor, FdFlags::empty()).map_err(|e| AgentError::Spawn(e.into()))?;
         }
+        let readable = readiness(&channel)?;
         let child = command.spawn().map_err(AgentError::Spawn)?;
-        Self::new(Process::of_child(child)?, channel)
+        Ok(Self { process: Process::of_child(child)?, channel, readable, held: Vec::new() })
     }
 
     /// Takes over the agent at the other end of `channel`, which is in the namespace `identity` (device and inode). `None`:
@@ -172,7 +173,8 @@ impl Agent {
         identity: (u64, u64),
     ) -> Result<Option<(Self, Adopted)>, AgentError> {
         let Some(process) = Process::of_peer(&channel, identity)? else { return Ok(None) };
-        let mut agent = Self::new(process, channel)?;
+        let readable = readiness(&channel)?;
+        let mut agent = Self { process, channel, readable, held: Vec::new() };
         let reason = match timeout(ADOPT_LIMIT, agent.ask_to_adopt()).await {
             Ok(Ok(adopted)) => return Ok(Some((agent, adopted))),
             Ok(Err(error)) => describe(&error),
@@ -200,12 +202,6 @@ impl Agent {
                 Event::Ended(_) => return Err(AgentError::Closed),
             }
         }
-    }
-
-    fn new(process: Process, channel: LauncherChannel) -> Result<Self, AgentError> {
-        let duplicate = channel.as_fd().try_clone_to_owned().map_err(AgentError::Channel)?;
-        let readable = async_fd::readable(duplicate).map_err(AgentError::Channel)?;
-        Ok(Self { process, channel, readable, held: Vec::new() })
     }
 
     /// Process id.
@@ -356,11 +352,17 @@ struct Process {
 }
 
 impl Process {
-    fn of_child(child: Child) -> Result<Self, AgentError> {
+    fn of_child(mut child: Child) -> Result<Self, AgentError> {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process id");
         // Not reaped before we do it: the number is the child's.
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| AgentError::Spawn(e.into()))?;
-        Ok(Self { pid, pidfd: async_fd::readable(pidfd).map_err(AgentError::Spawn)?, child: Some(child) })
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from);
+        match pidfd.and_then(async_fd::readable) {
+            Ok(pidfd) => Ok(Self { pid, pidfd, child: Some(child) }),
+            Err(error) => {
+                child.kill().and_then(|()| child.wait()).map_err(AgentError::Wait)?;
+                Err(AgentError::Spawn(error))
+            }
+        }
     }
 
     /// The process that listens at the other end; `None`: it has ended.
@@ -404,6 +406,12 @@ impl Process {
         let status = child.wait().map_err(AgentError::Wait)?;
         Ok(Ended { code: status.code().or_else(|| Some(128 + status.signal()?)) })
     }
+}
+
+/// A duplicate of the channel's descriptor that tells when something is to be received.
+fn readiness(channel: &LauncherChannel) -> Result<AsyncFd<OwnedFd>, AgentError> {
+    let duplicate = channel.as_fd().try_clone_to_owned().map_err(AgentError::Channel)?;
+    async_fd::readable(duplicate).map_err(AgentError::Channel)
 }
 
 /// Receives one message; cancelled, it has received none.

@@ -138,15 +138,7 @@ impl Runtime {
     /// [`RuntimeError::Refused`].
     pub fn state(&self) -> Result<File, RuntimeError> {
         let path = self.file("state");
-        let opened = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(&path);
-        opened.map_err(|source| RuntimeError::Refused { path, source })
+        open(&path).map_err(|source| RuntimeError::Refused { path, source })
     }
 
     /// A non-blocking listener for those who ask how the pod is; the one of an earlier launcher loses its name.
@@ -182,13 +174,13 @@ pub fn sweep(dir: &Path) {
         if path.extension().is_none_or(|ending| ending != "lock") {
             continue;
         }
-        // Somebody else's, or not readable: not ours to judge.
-        let Ok(Some(held)) = lock(&path) else { continue };
-        let mut text = String::new();
-        let read = (&held).take(LOCK_MAX).read_to_string(&mut text);
-        let gone = read.is_ok()
-            && Owner::parse(&text).is_none_or(|owner| leads_elsewhere(&owner.path, owner.identity));
-        if gone && matches!(control::connect(&path.with_extension("sock")), Ok(None)) {
+        // Judged before it is locked: the lock of a pod that is there is never in the way of its launcher.
+        let owner = open(&path).ok().and_then(|lock| read_owner(&lock));
+        if owner.is_none_or(|owner| !leads_elsewhere(&owner.path, owner.identity)) {
+            continue;
+        }
+        let Ok(Some(_held)) = lock(&path) else { continue };
+        if matches!(control::connect(&path.with_extension("sock")), Ok(None)) {
             remove_files(&path.with_extension(""));
         }
     }
@@ -209,17 +201,22 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Opens the file at `path`, which is made if it is not there.
+fn open(path: &Path) -> io::Result<File> {
+    File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+}
+
 /// Opens and locks the file at `path`; `None`: somebody else has it.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     loop {
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)?;
+        let file = open(path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Ok(None),

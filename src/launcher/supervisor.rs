@@ -107,9 +107,6 @@ impl<'a> Supervisor<'a> {
     ///
     /// # Errors
     /// It could not be started, or did not become ready.
-    ///
-    /// # Cancel safety
-    /// What was started is known to [`Self::stop`].
     pub(super) async fn start(&mut self) -> Result<(), Failure> {
         if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
             let identity = self.plan.netns.identity();
@@ -118,7 +115,7 @@ impl<'a> Supervisor<'a> {
                 return Ok(());
             }
         }
-        self.spawn().map_err(Failure::kernel)?;
+        self.spawn().await.map_err(Failure::kernel)?;
         let agent = self.agent.as_mut().expect("just started");
         wait_until_ready(agent, &mut self.queue).await?;
         self.ready_by = None;
@@ -143,8 +140,8 @@ impl<'a> Supervisor<'a> {
     }
 
     /// Starts an agent and sends it everything but what makes it read: its `Ready` is still to come.
-    fn spawn(&mut self) -> anyhow::Result<()> {
-        let agent = self.new_agent(false)?;
+    async fn spawn(&mut self) -> anyhow::Result<()> {
+        let agent = self.new_agent(false).await?;
         debug!(pid = agent.id(), "agent started");
         self.queue = self.plan.whole();
         self.agent = Some(agent);
@@ -155,7 +152,7 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    fn new_agent(&mut self, parked: bool) -> anyhow::Result<Agent> {
+    async fn new_agent(&mut self, parked: bool) -> anyhow::Result<Agent> {
         if self.helper.is_none() && !self.plan.resolvers.is_empty() {
             let mtu = tun_mtu(self.plan.network.mtu, &self.plan.addresses);
             self.helper = Some(dns_helper::open(&self.plan.resolvers, mtu)?);
@@ -172,12 +169,14 @@ impl<'a> Supervisor<'a> {
         }
         let (kinds, descriptors): (Vec<_>, Vec<_>) = carried.into_iter().unzip();
         let init = self.plan.init_for(kinds, parked, self.runtime.stem())?;
-        let agent = Agent::spawn(self.plan.netns.as_fd(), self.runtime.listener()?, self.log_filter)?;
+        let mut agent = Agent::spawn(self.plan.netns.as_fd(), self.runtime.listener()?, self.log_filter)?;
         // Before it does anything that has to be found again. One that is never told what to do ends by itself.
-        if !parked {
-            self.runtime.publish()?;
+        let published = if parked { Ok(()) } else { self.runtime.publish() };
+        let told = published.map_err(anyhow::Error::from).and_then(|()| Ok(agent.initialise(init, &descriptors)?));
+        if let Err(error) = told {
+            agent.kill().await?;
+            return Err(error);
         }
-        agent.initialise(init, &descriptors)?;
         Ok(agent)
     }
 
@@ -311,11 +310,11 @@ impl<'a> Supervisor<'a> {
         }
         // Taken back when it answers.
         self.missed += 1;
-        match agent.send(&ToAgent::Ping, &[]) {
-            // A full queue is a sign that is missing; a closed one is seen as the agent's end.
-            Ok(()) | Err(AgentError::Closed) => Ok(()),
-            Err(error) => Err(error),
+        if let Err(error) = agent.send(&ToAgent::Ping, &[]) {
+            // The sign stays missing; an agent that has ended is seen as that.
+            debug!(error = super::process::describe(&error), "the agent could not be asked for a sign of life");
         }
+        Ok(())
     }
 
     async fn due(&mut self) -> Result<(), AgentError> {
@@ -325,7 +324,7 @@ impl<'a> Supervisor<'a> {
             self.replace().await?;
         }
         if self.start_at.is_some_and(|at| at <= now)
-            && let Err(error) = self.spawn()
+            && let Err(error) = self.spawn().await
         {
             warn!(error = format!("{error:#}"), "cannot start an agent: the pod stays closed");
             self.start_later();
@@ -380,7 +379,7 @@ impl<'a> Supervisor<'a> {
         if self.agent.is_none() || self.ready_by.is_some() {
             bail!("there is no agent that could hand over");
         }
-        let mut successor = self.new_agent(true)?;
+        let mut successor = self.new_agent(true).await?;
         let mut queue = self.plan.whole();
         let ready = wait_until_ready(&mut successor, &mut queue).await;
         if let Err(failure) = ready {
@@ -408,7 +407,6 @@ impl<'a> Supervisor<'a> {
 
     /// The old agent hands over and ends, the successor goes on. Two must not read: the old one has ended before.
     async fn switch(&mut self, old: &mut Agent, successor: &mut Agent) -> anyhow::Result<()> {
-        self.runtime.publish()?;
         let state = match timeout(HAND_OVER_LIMIT, hand_over(old)).await {
             Ok(Ok(state)) => Some(state),
             Ok(Err(error)) => {
@@ -421,6 +419,8 @@ impl<'a> Supervisor<'a> {
             }
         };
         old.kill().await?;
+        // Until now a later launcher has to find the old one.
+        self.runtime.publish()?;
         let descriptors: Vec<_> = state.iter().map(AsFd::as_fd).collect();
         successor.send(&ToAgent::Resume, &descriptors)?;
         Ok(())

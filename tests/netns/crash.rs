@@ -312,7 +312,7 @@ fn arrival(load: &Load, since: Instant) -> Duration {
 }
 
 /// Ends the launcher alone.
-fn end_launcher(lab: &Lab, pod: &str, signal: Signal) {
+pub fn end_launcher(lab: &Lab, pod: &str, signal: Signal) {
     let launcher = launcher(lab, pod);
     kill(launcher, signal).expect("kill");
     await_end(lab, pod, launcher);
@@ -328,23 +328,26 @@ fn await_end(lab: &Lab, pod: &str, launcher: Pid) {
     }
 }
 
-fn relaunch(lab: &Lab, pod: &str) {
+/// Another launcher, as the lab starts it.
+pub fn relaunch(lab: &Lab, pod: &str) {
     let ran = lab.script(&["protect", pod], &[], Duration::from_secs(30));
     assert!(ran.code == 0, "{pod}: no launcher after the last one:\n{}{}", ran.out, ran.err);
 }
 
-fn launcher(lab: &Lab, pod: &str) -> Pid {
+/// The launcher of a pod.
+pub fn launcher(lab: &Lab, pod: &str) -> Pid {
     *lab.agent_pids(pod).first().unwrap_or_else(|| panic!("no launcher of {pod}"))
 }
 
-fn agent(lab: &Lab, pod: &str) -> Pid {
+/// The one agent of a pod.
+pub fn agent(lab: &Lab, pod: &str) -> Pid {
     let all = agents_in(lab, pod);
     assert!(all.len() == 1, "{pod} has not one agent: {all:?}");
     all[0]
 }
 
 /// The living agents in a pod's namespace, whoever started them.
-fn agents_in(lab: &Lab, pod: &str) -> Vec<Pid> {
+pub fn agents_in(lab: &Lab, pod: &str) -> Vec<Pid> {
     let inode = fs::metadata(&lab.pod(pod).netns).expect("the namespace").ino();
     let entries = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

@@ -564,6 +564,20 @@ impl Launched {
         }
     }
 
+    /// Sends it a signal, if it has not ended.
+    pub fn signal(&self, signal: Signal) {
+        // A child that was not waited for keeps its number.
+        let _ = kill(Pid::from_raw(i32::try_from(self.child.id()).expect("a pid")), signal);
+    }
+
+    /// Whether it handles this signal by now.
+    pub fn has_handler(&self, signal: Signal) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+        caught & (1 << (signal as i32 - 1)) != 0
+    }
+
     /// Waits for it to end by itself: its exit code.
     pub fn ended(&mut self, limit: Duration) -> Option<i32> {
         wait(&mut self.child, limit).map(exit_code)
@@ -572,8 +586,7 @@ impl Launched {
     /// Stops it in order.
     pub fn stop(&mut self) -> Option<i32> {
         if self.child.try_wait().expect("wait for a child").is_none() {
-            // It may end between the two calls.
-            let _ = kill(Pid::from_raw(i32::try_from(self.child.id()).expect("a pid")), Signal::SIGTERM);
+            self.signal(Signal::SIGTERM);
         }
         self.ended(Duration::from_secs(10))
     }

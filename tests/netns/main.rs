@@ -31,6 +31,7 @@ mod reach;
 mod services;
 mod snapshot;
 mod status;
+mod takeover;
 mod untouched;
 mod watch;
 
@@ -126,6 +127,7 @@ fn main() -> std::process::ExitCode {
         ladder::CASES,
         lifecycle::CASES,
         crash::CASES,
+        takeover::CASES,
         watch::CASES,
         status::CASES,
     ] {
