@@ -172,7 +172,8 @@ impl<'a> Supervisor<'a> {
         let mut agent = Agent::spawn(self.plan.netns.as_fd(), self.runtime.listener()?, self.log_filter)?;
         // Before it does anything that has to be found again. One that is never told what to do ends by itself.
         let published = if parked { Ok(()) } else { self.runtime.publish() };
-        let told = published.map_err(anyhow::Error::from).and_then(|()| Ok(agent.initialise(init, &descriptors)?));
+        let told =
+            published.map_err(anyhow::Error::from).and_then(|()| Ok(agent.initialise(init, &descriptors)?));
         if let Err(error) = told {
             agent.kill().await?;
             return Err(error);
@@ -312,7 +313,10 @@ impl<'a> Supervisor<'a> {
         self.missed += 1;
         if let Err(error) = agent.send(&ToAgent::Ping, &[]) {
             // The sign stays missing; an agent that has ended is seen as that.
-            debug!(error = super::process::describe(&error), "the agent could not be asked for a sign of life");
+            debug!(
+                error = super::process::describe(&error),
+                "the agent could not be asked for a sign of life"
+            );
         }
         Ok(())
     }
