@@ -168,6 +168,12 @@ impl Dns {
         self.hold(asker, answer, directory, routing, now)
     }
 
+    /// Answers that wait for their routes.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.held.len() as u64
+    }
+
     /// Whether `query` still waits for its answer.
     #[must_use]
     pub fn is_pending(&self, query: QueryId) -> bool {
@@ -275,10 +281,10 @@ impl Dns {
         !self.gate || held.waits_for.iter().all(|address| routing.is_active(*address))
     }
 
-    /// Forgets queries and held answers whose time is over; returns how many.
-    pub fn handle_timeout(&mut self, now: Now) -> u64 {
+    /// Forgets queries and held answers whose time is over; returns how many of each.
+    pub fn handle_timeout(&mut self, now: Now) -> (u64, u64) {
         let (expired, broken) = (&mut self.expired, &mut self.broken);
-        let before = self.pending.len() + self.held.len();
+        let (queries, answers) = (self.pending.len(), self.held.len());
         self.pending.retain(|id, pending| {
             let live = pending.deadline > now.instant;
             if !live {
@@ -293,7 +299,7 @@ impl Dns {
             }
             live
         });
-        (before - self.pending.len() - self.held.len()) as u64
+        ((queries - self.pending.len()) as u64, (answers - self.held.len()) as u64)
     }
 
     /// The next query whose socket is to be closed because nobody answered it.

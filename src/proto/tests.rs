@@ -15,6 +15,7 @@ use super::routing::Batch;
 use super::{Config, Engine, Now, test_start};
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
+mod accounting;
 mod ladder;
 mod survival;
 
