@@ -16,6 +16,7 @@
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
 mod crash;
+mod directory;
 mod dns;
 mod escape;
 mod guard;
@@ -126,6 +127,7 @@ fn main() -> std::process::ExitCode {
         ladder::CASES,
         lifecycle::CASES,
         crash::CASES,
+        directory::CASES,
         watch::CASES,
         status::CASES,
     ] {
