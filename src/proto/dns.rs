@@ -18,7 +18,7 @@ use rand::Rng;
 use super::Now;
 use super::directory::Directory;
 use super::drop::DropReason;
-use super::routing::Routing;
+use super::routing::{LONGEST_LIFE, Routing};
 use crate::wire::dns;
 
 /// UDP queries in flight.
@@ -29,8 +29,6 @@ const MAX_HELD: usize = 512;
 const QUERY_LIFE: Duration = Duration::from_secs(12);
 /// A route that takes longer is not coming.
 const HELD_LIFE: Duration = Duration::from_secs(5);
-/// Longest life an answer can give an address.
-const MAX_TTL: u32 = 86_400;
 
 /// A forwarded UDP query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -235,7 +233,7 @@ impl Dns {
         let mut waits_for = Vec::new();
         for (address, ttl) in lesson.addresses {
             if self.is_learnable(address, directory) {
-                let ttl = Duration::from_secs(u64::from(ttl.min(MAX_TTL)));
+                let ttl = Duration::from_secs(u64::from(ttl)).min(LONGEST_LIFE);
                 routing.add_from_dns(address, ttl, now).map_err(|_| DropReason::DnsOverload)?;
                 waits_for.push(address);
             }

@@ -62,6 +62,8 @@ struct State {
     flows: Vec<(u32, FlowRecord, Duration)>,
     fragments: Vec<Fragment>,
     live: Vec<(u32, IpAddr)>,
+    /// What DNS alone knows, and how long each address still lives.
+    dns: Vec<(IpAddr, Duration)>,
     peers: Vec<PeerHandover>,
     /// Handshake messages and keepalives that were not sent yet.
     messages: Vec<(SocketAddr, Vec<u8>)>,
@@ -120,6 +122,7 @@ impl Engine {
             trains,
             injects,
             live: self.peers.live(),
+            dns: self.routing.export(now),
             peers: self.peers.export(now),
         };
         encode(&state)
@@ -162,6 +165,7 @@ impl Engine {
         for (to, records, segment) in state.trains {
             self.transmits.send_on(to, &records, segment);
         }
+        self.routing.import(state.dns, then);
         self.peers.restore(&state.live);
         self.peers.note_all();
         self.peers.import(state.peers, &mut self.transmits, then, now, &mut self.counters);

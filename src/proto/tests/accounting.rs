@@ -11,6 +11,7 @@ use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 use super::super::account::{Counters, Waiting};
 use super::super::dns::Forward;
 use super::super::{Captured, Origin, journal};
+use super::dns::{answer, query};
 use super::survival::{Journal, bring_up, successor};
 use super::*;
 use crate::wire::icmp::{IcmpError, icmp_error};

@@ -69,7 +69,7 @@ impl Network {
         self.nodes[node].engine = new;
     }
 
-    fn upgrade(&mut self, node: usize, generation: u8) -> Vec<u8> {
+    pub(super) fn upgrade(&mut self, node: usize, generation: u8) -> Vec<u8> {
         let mut new = successor(&self.nodes[node], generation);
         bring_up(&mut new, self.now);
         let old = std::mem::replace(&mut self.nodes[node].engine, new);
