@@ -350,7 +350,7 @@ impl Driver {
     fn pass_to_helper(&mut self, len: usize) {
         let captured = self.engine.captured(len);
         let helper = self.kernel.helper.as_ref();
-        if !helper.is_some_and(|(helper, _)| nix::unistd::write(helper, captured).is_ok()) {
+        if helper.is_none_or(|(helper, _)| nix::unistd::write(helper, captured).is_err()) {
             self.engine.count_unpassed(len);
         }
     }
