@@ -35,7 +35,7 @@ use super::udp::TunnelSocket;
 use super::watch::{TamperCounts, Watch};
 use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
-use crate::proto::{Captured, Engine, Now};
+use crate::proto::{Captured, Engine, Now, Origin};
 use crate::wire::coalesce::MAX_SEGMENTS;
 use crate::wire::vnet::VNET_HEADER_LEN;
 
@@ -324,7 +324,7 @@ impl Driver {
                 // One packet that the kernel cannot describe; it is consumed.
                 Err(error) => {
                     debug!(%error, "packet not read");
-                    self.engine.count_refused(1);
+                    self.engine.count_unread();
                 }
             }
         }
@@ -348,9 +348,10 @@ impl Driver {
 
     /// The pod's TCP segments for port 53 end in the helper namespace.
     fn pass_to_helper(&mut self, len: usize) {
-        let Some((helper, _)) = &self.kernel.helper else { return self.engine.count_refused(1) };
-        if nix::unistd::write(helper, self.engine.captured(len)).is_err() {
-            self.engine.count_refused(1);
+        let captured = self.engine.captured(len);
+        let helper = self.kernel.helper.as_ref();
+        if helper.is_none_or(|(helper, _)| nix::unistd::write(helper, captured).is_err()) {
+            self.engine.count_unpassed(len);
         }
     }
 
@@ -360,10 +361,9 @@ impl Driver {
             let Some((helper, _)) = &self.kernel.helper else { return };
             let buffer = self.engine.capture_buffer();
             let Ok(len) = nix::unistd::read(helper, buffer) else { return };
-            if self.engine.is_helper_packet(len)
-                && self.kernel.tun.write_vectored(&[IoSlice::new(self.engine.captured(len))]).is_err()
-            {
-                self.engine.count_refused(1);
+            let Some(packets) = self.engine.handle_helper(len) else { continue };
+            if self.kernel.tun.write_vectored(&[IoSlice::new(self.engine.captured(len))]).is_err() {
+                self.engine.count_uninjected(Origin::Agent, packets);
             }
         }
     }
@@ -625,6 +625,7 @@ impl Driver {
                 }
                 Err(error) => {
                     debug!(error = format!("{error:#}"), "cannot forward a query");
+                    self.engine.count_unforwarded();
                     self.engine.handle_dns_refused(query);
                 }
             }
@@ -662,8 +663,8 @@ impl Driver {
     }
 
     fn inject(&mut self) -> anyhow::Result<()> {
-        let mut refused = 0;
         while let Some(packet) = self.engine.poll_inject() {
+            let (origin, packets) = (packet.origin, packet.packets);
             let taken = match &self.kernel.raw {
                 None => {
                     let header = packet.vnet.encode();
@@ -692,17 +693,14 @@ impl Driver {
             match taken {
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    refused += packet.parts.len() as u64;
+                    self.engine.count_uninjected(origin, packets);
                     self.kernel.watch.note(Instant::now());
                 }
                 Err(error) => {
                     debug!(%error, "packet not injected");
-                    refused += packet.parts.len() as u64;
+                    self.engine.count_uninjected(origin, packets);
                 }
             }
-        }
-        if refused > 0 {
-            self.engine.count_uninjected(refused);
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ pub(super) fn make<'a>(
         generation,
         sealed: counters.sealed,
         opened: counters.opened,
-        dns_forwarded: counters.dns_forwarded,
+        dns_forwarded: counters.dns_forwarded + counters.dns_connections,
         drops,
         flows: engine.flow_count() as u64,
         peers_total: peers.len() as u64,

@@ -269,12 +269,17 @@ fn clear(netns: &PodNetns, netns_fd: &OwnedFd, runtime: &Runtime, stopped: Stop)
     Ok(())
 }
 
-/// What the guard refused goes with its tables: it is said before.
+/// What the guard refused, or would have refused in strict mode, goes with its tables: it is said before.
 fn report_guard(netns_fd: &OwnedFd) {
     match guard::counters(netns_fd) {
         Ok(counters) => {
             for (counter, count) in counters.iter().filter(|(_, count)| count.packets > 0) {
-                info!(counter, packets = count.packets, "dropped by the guard");
+                let packets = count.packets;
+                if counter.starts_with("would_drop_") {
+                    info!(counter, packets, "let pass by the guard, dropped in strict mode");
+                } else {
+                    info!(counter, packets, "dropped by the guard");
+                }
             }
         }
         Err(error) => debug!(error = format!("{:#}", anyhow!(error)), "cannot read the guard's counters"),

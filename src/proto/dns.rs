@@ -18,7 +18,7 @@ use rand::Rng;
 use super::Now;
 use super::directory::Directory;
 use super::drop::DropReason;
-use super::routing::Routing;
+use super::routing::{LONGEST_LIFE, Routing};
 use crate::wire::dns;
 
 /// UDP queries in flight.
@@ -29,8 +29,6 @@ const MAX_HELD: usize = 512;
 const QUERY_LIFE: Duration = Duration::from_secs(12);
 /// A route that takes longer is not coming.
 const HELD_LIFE: Duration = Duration::from_secs(5);
-/// Longest life an answer can give an address.
-const MAX_TTL: u32 = 86_400;
 
 /// A forwarded UDP query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -168,6 +166,12 @@ impl Dns {
         self.hold(asker, answer, directory, routing, now)
     }
 
+    /// Answers that wait for their routes.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.held.len() as u64
+    }
+
     /// Whether `query` still waits for its answer.
     #[must_use]
     pub fn is_pending(&self, query: QueryId) -> bool {
@@ -229,7 +233,7 @@ impl Dns {
         let mut waits_for = Vec::new();
         for (address, ttl) in lesson.addresses {
             if self.is_learnable(address, directory) {
-                let ttl = Duration::from_secs(u64::from(ttl.min(MAX_TTL)));
+                let ttl = Duration::from_secs(u64::from(ttl)).min(LONGEST_LIFE);
                 routing.add_from_dns(address, ttl, now).map_err(|_| DropReason::DnsOverload)?;
                 waits_for.push(address);
             }
@@ -275,10 +279,10 @@ impl Dns {
         !self.gate || held.waits_for.iter().all(|address| routing.is_active(*address))
     }
 
-    /// Forgets queries and held answers whose time is over; returns how many.
-    pub fn handle_timeout(&mut self, now: Now) -> u64 {
+    /// Forgets queries and held answers whose time is over; returns how many of each.
+    pub fn handle_timeout(&mut self, now: Now) -> (u64, u64) {
         let (expired, broken) = (&mut self.expired, &mut self.broken);
-        let before = self.pending.len() + self.held.len();
+        let (queries, answers) = (self.pending.len(), self.held.len());
         self.pending.retain(|id, pending| {
             let live = pending.deadline > now.instant;
             if !live {
@@ -293,7 +297,7 @@ impl Dns {
             }
             live
         });
-        (before - self.pending.len() - self.held.len()) as u64
+        ((queries - self.pending.len()) as u64, (answers - self.held.len()) as u64)
     }
 
     /// The next query whose socket is to be closed because nobody answered it.

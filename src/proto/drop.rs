@@ -1,4 +1,5 @@
-//! Why a packet ended: one closed enum, one counter and one metric label per variant; the same word in logs, status and docs.
+//! Why a packet ended: one closed enum, one metric label per variant; the same word in logs, status and docs.
+//! Who counts them: `proto::account`.
 
 /// Why a packet was not delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,13 +69,15 @@ pub enum DropReason {
     DnsTimeout,
     /// The kernel refused the datagram or the injected packet.
     KernelRefused,
-    /// A TCP connection to an address, older than its protection; counts connections.
+    /// A TCP connection to an address, older than its protection; counts connections, and refused segments of them.
     Preexisting,
+    /// It waited in an agent that ended without notice.
+    AgentEnded,
 }
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -108,6 +111,7 @@ impl DropReason {
         Self::DnsTimeout,
         Self::KernelRefused,
         Self::Preexisting,
+        Self::AgentEnded,
     ];
 
     /// The word used in logs, status, metrics and docs.
@@ -147,50 +151,8 @@ impl DropReason {
             Self::DnsTimeout => "dns_timeout",
             Self::KernelRefused => "kernel_refused",
             Self::Preexisting => "preexisting",
+            Self::AgentEnded => "agent_ended",
         }
-    }
-}
-
-/// One count per way a packet can end.
-#[derive(Clone, Debug)]
-pub struct Counters {
-    /// Packets sealed and handed to the network.
-    pub sealed: u64,
-    /// Packets opened and handed to the pod's stack.
-    pub opened: u64,
-    /// DNS queries forwarded, UDP and TCP.
-    pub dns_forwarded: u64,
-    /// Flows that did not keep their path when their address was captured or passed: more than there are pins.
-    pub unpinned: u64,
-    drops: [u64; DropReason::ALL.len()],
-}
-
-impl Default for Counters {
-    fn default() -> Self {
-        Self { sealed: 0, opened: 0, dns_forwarded: 0, unpinned: 0, drops: [0; DropReason::ALL.len()] }
-    }
-}
-
-impl Counters {
-    /// Counts `n` packets dropped for `reason`.
-    pub fn drop_many(&mut self, reason: DropReason, n: u64) {
-        self.drops[reason as usize] += n;
-    }
-
-    /// Counts one packet dropped for `reason`.
-    pub fn drop_one(&mut self, reason: DropReason) {
-        self.drop_many(reason, 1);
-    }
-
-    /// Packets dropped for `reason` so far.
-    #[must_use]
-    pub fn dropped(&self, reason: DropReason) -> u64 {
-        self.drops[reason as usize]
-    }
-
-    /// Every reason with a non-zero count.
-    pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
-        DropReason::ALL.into_iter().map(|r| (r, self.dropped(r))).filter(|(_, n)| *n > 0)
     }
 }
 

@@ -14,19 +14,20 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::drop::{Counters, DropReason};
+use super::account::{Counters, packets_of};
+use super::drop::DropReason;
 use super::inbound::{HELD_LIFE, HeldPacket, INBOUND};
 use super::journal::{self, FlowRecord};
 use super::outbound::Route;
 use super::peers::PeerHandover;
-use super::{Engine, Now, OWNED};
+use super::{Engine, Now, OWNED, Origin, Owned};
 use crate::wire::packet::Packet;
 use crate::wire::rewrite::Rewrite;
 use crate::wire::vnet::VnetHeader;
 
 const MAGIC: &[u8; 7] = b"tencrho";
 /// Raised whenever [`State`] or what it holds changes.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Far above what bounded tables and queues can come to.
 const MAX_LEN: usize = 256 << 20;
 /// More words than there are.
@@ -61,13 +62,15 @@ struct State {
     flows: Vec<(u32, FlowRecord, Duration)>,
     fragments: Vec<Fragment>,
     live: Vec<(u32, IpAddr)>,
+    /// What DNS alone knows, and how long each address still lives.
+    dns: Vec<(IpAddr, Duration)>,
     peers: Vec<PeerHandover>,
     /// Handshake messages and keepalives that were not sent yet.
     messages: Vec<(SocketAddr, Vec<u8>)>,
     /// Sealed packets that were not sent yet.
     trains: Vec<(SocketAddr, Vec<u8>, usize)>,
-    /// Packets that were not injected yet, vnet header first.
-    injects: Vec<([u8; 10], Vec<u8>)>,
+    /// Packets that were not injected yet: from where, what they count as, vnet header, bytes.
+    injects: Vec<(Origin, u64, [u8; 10], Vec<u8>)>,
     /// Captured packets that wait for the directory.
     unrouted: Vec<(Duration, Vec<u8>)>,
     /// Opened packets that wait for the directory or a route.
@@ -82,7 +85,7 @@ impl Engine {
         let mut injects = Vec::new();
         while let Some(inject) = self.poll_inject() {
             let packet = inject.parts.iter().flat_map(|part| &inject.buffer[part.clone()]).copied().collect();
-            injects.push((inject.vnet.encode(), packet));
+            injects.push((inject.origin, inject.packets, inject.vnet.encode(), packet));
         }
         let (mut messages, mut trains) = (Vec::new(), Vec::new());
         while let Some(transmit) = self.poll_transmit() {
@@ -107,11 +110,10 @@ impl Engine {
             let for_service = held.reason == DropReason::ServiceUnknown;
             (left(held.until), held.peer, held.bytes, for_service)
         });
-        let counts = journal::counts(&self.counters);
         let state = State {
             wall: now.wall,
             stamp: self.peers.transport.last_stamp(),
-            counts: counts.map(|(word, packets)| (word.to_owned(), packets)).collect(),
+            counts: journal::counts(&self.counters),
             flows: self.flows.export(now).collect(),
             fragments: fragments.collect(),
             unrouted: unrouted.map(|(until, burst)| (left(until), burst)).collect(),
@@ -120,6 +122,7 @@ impl Engine {
             trains,
             injects,
             live: self.peers.live(),
+            dns: self.routing.export(now),
             peers: self.peers.export(now),
         };
         encode(&state)
@@ -143,8 +146,9 @@ impl Engine {
             .iter()
             .take(MAX_COUNTS)
             .for_each(|(word, packets)| journal::add_count(&mut counts, word, *packets));
-        journal::counts(&counts)
-            .for_each(|(word, packets)| journal::add_count(&mut self.counters, word, packets));
+        for (word, packets) in journal::counts(&counts) {
+            journal::add_count(&mut self.counters, &word, packets);
+        }
         let own = &self.own;
         let flows = state.flows.into_iter().filter(|(_, flow, _)| own.contains(&flow.tuple.local.0));
         let flows = flows.map(|(slot, flow, idle)| (slot, flow, then.checked_sub(idle).unwrap_or(then)));
@@ -161,12 +165,13 @@ impl Engine {
         for (to, records, segment) in state.trains {
             self.transmits.send_on(to, &records, segment);
         }
+        self.routing.import(state.dns, then);
         self.peers.restore(&state.live);
         self.peers.note_all();
         self.peers.import(state.peers, &mut self.transmits, then, now, &mut self.counters);
-        for (vnet, packet) in state.injects.into_iter().take(OWNED) {
+        for (origin, packets, vnet, bytes) in state.injects.into_iter().take(OWNED) {
             if let Some(vnet) = VnetHeader::parse(&vnet) {
-                self.owned.push_back((vnet, packet));
+                self.owned.push_back(Owned { origin, packets, vnet, bytes });
             }
         }
         for (remaining, peer, mut bytes, for_service) in state.inbound.into_iter().take(INBOUND) {
@@ -177,12 +182,15 @@ impl Engine {
             self.held.inbound.push_back(HeldPacket { until, peer, bytes, reason });
         }
         for (remaining, burst) in state.unrouted {
-            let kept = self.held.hold_unrouted(then + remaining.min(HELD_LIFE), &burst);
-            self.count(kept);
+            if let Err(reason) = self.held.hold_unrouted(then + remaining.min(HELD_LIFE), &burst) {
+                self.counters.outbound_drops.add(reason, packets_of(&burst));
+            }
         }
         self.retry_unrouted(now);
         self.retry_held(now);
         self.settle(now);
+        // DNS answers that were waited for too long stayed behind.
+        self.counters.balance(self.waiting());
         Ok(())
     }
 }

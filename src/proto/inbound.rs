@@ -15,11 +15,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use super::account::packets_of;
 use super::drop::DropReason;
 use super::nat::{Direction, Kind, Tuple};
 use super::noise::Received;
 use super::outbound::Route;
-use super::{Engine, Now, is_unicast};
+use super::{Engine, Now, Origin, Owned, is_unicast};
 use crate::wire::icmp::IcmpError;
 use crate::wire::packet::{Packet, protocol};
 use crate::wire::rewrite::{self, Rewrite};
@@ -54,13 +55,15 @@ impl Engine {
         let mut start = 0;
         while start < len {
             let end = len.min(start + segment.max(1));
+            self.counters.received += 1;
             if let Err(reason) = self.receive_one(from, &mut buffer, start..end, now) {
-                self.counters.drop_one(reason);
+                self.counters.inbound_drops.add(reason, 1);
             }
             start = end;
         }
         if len == 0 {
-            self.counters.drop_one(DropReason::NotWireguard);
+            self.counters.received += 1;
+            self.counters.inbound_drops.add(DropReason::NotWireguard, 1);
         }
         self.coalescer.finish(&mut buffer);
         self.receive = buffer;
@@ -75,7 +78,10 @@ impl Engine {
         now: Now,
     ) -> Result<(), DropReason> {
         let (peer, payload) = match self.peers.transport.handle(from, &mut buffer[datagram.clone()], now)? {
-            Received::Handshake | Received::Keepalive(_) => return Ok(()),
+            Received::Handshake | Received::Keepalive(_) => {
+                self.counters.control += 1;
+                return Ok(());
+            }
             Received::Packet { peer, payload } => (peer, payload),
         };
         let peer = self.peers.address(peer).ok_or(DropReason::PeerGone)?;
@@ -84,7 +90,7 @@ impl Engine {
         let range = range.start..range.start + packet.len;
         match self.admit(peer, &mut buffer[range.clone()], &packet, now)? {
             Verdict::Inject if self.coalesce => self.coalescer.push(buffer, range),
-            Verdict::Inject => self.owned.push_back((VnetHeader::PLAIN, buffer[range].to_vec())),
+            Verdict::Inject => self.push_opened(buffer[range].to_vec()),
             Verdict::Hold(reason) => return self.held.hold_inbound(now, peer, &buffer[range], reason),
         }
         self.counters.opened += 1;
@@ -284,25 +290,32 @@ impl Engine {
     /// A route or the directory changed: opened packets that waited get another chance.
     pub(super) fn retry_held(&mut self, now: Now) {
         for mut held in self.held.take_inbound() {
-            let Some(packet) = Packet::parse(&held.bytes) else { continue };
+            let Some(packet) = Packet::parse(&held.bytes) else {
+                self.counters.inbound_drops.add(DropReason::Malformed, 1);
+                continue;
+            };
             match self.admit(held.peer, &mut held.bytes, &packet, now) {
                 Ok(Verdict::Inject) => {
                     self.counters.opened += 1;
-                    self.owned.push_back((VnetHeader::PLAIN, held.bytes));
+                    self.push_opened(held.bytes);
                 }
                 Ok(Verdict::Hold(_)) => self.held.inbound.push_back(held),
-                Err(reason) => self.counters.drop_one(reason),
+                Err(reason) => self.counters.inbound_drops.add(reason, 1),
             }
         }
+    }
+
+    fn push_opened(&mut self, bytes: Vec<u8>) {
+        self.owned.push_back(Owned { origin: Origin::Peer, packets: 1, vnet: VnetHeader::PLAIN, bytes });
     }
 
     /// Held packets whose time is over.
     pub(super) fn expire_held(&mut self, now: Now) {
         while let Some(held) = self.held.inbound.pop_front_if(|held| held.until <= now.instant) {
-            self.counters.drop_one(held.reason);
+            self.counters.inbound_drops.add(held.reason, 1);
         }
         while let Some((_, burst)) = self.held.unrouted.pop_front_if(|(until, _)| *until <= now.instant) {
-            self.counters.drop_one(DropReason::UnknownDestination);
+            self.counters.outbound_drops.add(DropReason::UnknownDestination, packets_of(&burst));
             self.answer_with(IcmpError::AdminProhibited, &burst[VNET_HEADER_LEN..]);
         }
     }
@@ -355,6 +368,10 @@ impl Held {
         let until = now.instant + HELD_LIFE;
         self.inbound.push_back(HeldPacket { until, peer, bytes: bytes.to_vec(), reason });
         Ok(())
+    }
+
+    pub(super) fn unrouted_packets(&self) -> u64 {
+        self.unrouted.iter().map(|(_, burst)| packets_of(burst)).sum()
     }
 
     pub(super) fn take_unrouted(&mut self) -> VecDeque<(Instant, Vec<u8>)> {

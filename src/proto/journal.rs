@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::drop::{Counters, DropReason};
+use super::account::Counters;
+use super::drop::DropReason;
 use super::is_unicast;
 use super::nat::{Kind, SEEN_ALL, Tuple};
 
@@ -167,24 +168,28 @@ pub fn decode_address(family: u8, bytes: &[u8; 16]) -> Option<IpAddr> {
 }
 
 /// Every count by its word: counts keep their meaning where a later version has other reasons, or another order.
-pub fn counts(counters: &Counters) -> impl Iterator<Item = (&'static str, u64)> + '_ {
-    let totals =
-        [("sealed", counters.sealed), ("opened", counters.opened), ("dns_forwarded", counters.dns_forwarded)];
-    totals.into_iter().chain(counters.drops().map(|(reason, packets)| (reason.as_str(), packets)))
+#[must_use]
+pub fn counts(counters: &Counters) -> Vec<(String, u64)> {
+    let mut counters = counters.clone();
+    let mut counts = counters.totals_mut().map(|(word, total)| (word.to_owned(), *total)).to_vec();
+    for (prefix, drops) in counters.drops_mut() {
+        counts.extend(drops.iter().map(|(reason, n)| (format!("{prefix}{}", reason.as_str()), n)));
+    }
+    counts
 }
 
 /// Adds what [`counts`] gave; words that this version does not know are left out.
-pub fn add_count(counters: &mut Counters, word: &str, packets: u64) {
+pub fn add_count(counters: &mut Counters, word: &str, n: u64) {
     // Far above what can be counted, and far below an overflow.
-    let packets = packets.min(1 << 50);
-    match word {
-        "sealed" => counters.sealed += packets,
-        "opened" => counters.opened += packets,
-        "dns_forwarded" => counters.dns_forwarded += packets,
-        _ => {
-            let reason = DropReason::ALL.into_iter().find(|reason| reason.as_str() == word);
-            reason.into_iter().for_each(|reason| counters.drop_many(reason, packets));
-        }
+    let n = n.min(1 << 50);
+    if let Some((_, total)) = counters.totals_mut().into_iter().find(|(name, _)| *name == word) {
+        *total += n;
+        return;
+    }
+    for (prefix, drops) in counters.drops_mut() {
+        let reason = word.strip_prefix(prefix);
+        let reason = DropReason::ALL.into_iter().find(|known| reason == Some(known.as_str()));
+        reason.into_iter().for_each(|reason| drops.add(reason, n));
     }
 }
 

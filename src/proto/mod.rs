@@ -5,7 +5,8 @@
 //! datagrams for peers, packets for the pod, queries for resolvers, batches for the control thread.
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
-//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] (every way to end).
+//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] and [`account`] (every
+//! way to end, and how often).
 //! What outlives the engine: [`journal`] (it ended without notice), [`handover`] (a planned upgrade).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
@@ -18,12 +19,14 @@ use std::time::{Duration, Instant};
 use hickory_proto::rr::Name;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::wire::coalesce::Coalescer;
 use crate::wire::icmp::{self, IcmpError};
 use crate::wire::udp::udp_packet;
 use crate::wire::vnet::VnetHeader;
 
+pub mod account;
 pub mod balance;
 pub mod directory;
 pub mod dns;
@@ -41,9 +44,10 @@ pub mod routing;
 #[cfg(test)]
 mod tests;
 
+use account::{Counters, Waiting};
 use directory::{Change, Directory, Effect};
 use dns::{Dns, Forward, QueryId, StreamId};
-use drop::{Counters, DropReason};
+use drop::DropReason;
 use inbound::Held;
 use journal::{Record, Restored};
 use ladder::{Ladder, Mode, Standing};
@@ -104,6 +108,17 @@ pub enum Captured {
     DnsStream,
 }
 
+/// Where a packet for the pod came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Origin {
+    /// A peer sealed it.
+    Peer,
+    /// The pod itself, through a VIP.
+    Pod,
+    /// The agent: an answer of a resolver, an ICMP error, a reset.
+    Agent,
+}
+
 /// A packet for the pod's stack: the vnet header, then all parts one behind the other.
 #[derive(Debug)]
 pub struct Inject<'a> {
@@ -113,6 +128,18 @@ pub struct Inject<'a> {
     pub buffer: &'a [u8],
     /// Parts of the packet, in order.
     pub parts: &'a [Range<usize>],
+    /// Who it came from.
+    pub origin: Origin,
+    /// What it counts as.
+    pub packets: u64,
+}
+
+/// A packet for the pod's stack that lies in no train.
+struct Owned {
+    origin: Origin,
+    packets: u64,
+    vnet: VnetHeader,
+    bytes: Vec<u8>,
 }
 
 /// One agent's decisions.
@@ -142,7 +169,7 @@ pub struct Engine {
     coalescer: Coalescer,
     coalesce: bool,
     next_train: usize,
-    owned: VecDeque<(VnetHeader, Vec<u8>)>,
+    owned: VecDeque<Owned>,
     owned_now: (Vec<u8>, Range<usize>),
     forwards: VecDeque<Forward>,
     next_sweep: Option<Instant>,
@@ -208,8 +235,11 @@ impl Engine {
         self.peers.begin_restored(&restored.peers, now);
         let flows = restored.flows.iter().filter(|(_, flow)| self.own.contains(&flow.tuple.local.0));
         self.flows.restore(flows.map(|(slot, flow)| (*slot, *flow, now.instant)));
-        journal::counts(&restored.counters)
-            .for_each(|(word, packets)| journal::add_count(&mut self.counters, word, packets));
+        let mut counters = restored.counters.clone();
+        counters.balance(Waiting::default());
+        for (word, packets) in journal::counts(&counters) {
+            journal::add_count(&mut self.counters, &word, packets);
+        }
         self.settle(now);
     }
 
@@ -253,7 +283,7 @@ impl Engine {
                         ladder.set_peer(workload.address, now);
                     }
                     let staged = self.peers.set(workload, now);
-                    self.counters.drop_many(DropReason::PeerGone, staged as u64);
+                    self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
                 }
                 Effect::WorkloadRemoved(address) => {
                     if let Some(ladder) = &mut self.ladder {
@@ -261,7 +291,7 @@ impl Engine {
                     }
                     self.routing.reset(self.flows.pinned_to(address));
                     let staged = self.peers.remove(address);
-                    self.counters.drop_many(DropReason::PeerGone, staged as u64);
+                    self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
                     if self.directory.vip(address).is_none() {
                         self.routing.remove_from_directory(address, now);
                     }
@@ -296,17 +326,6 @@ impl Engine {
         self.settle(now);
     }
 
-    /// The control thread destroyed connections: older than the protection of their address, or to a peer that is gone.
-    pub fn count_destroyed(&mut self, preexisting: u64, gone: u64) {
-        self.counters.drop_many(DropReason::Preexisting, preexisting);
-        self.counters.drop_many(DropReason::PeerGone, gone);
-    }
-
-    /// The control thread had no pin for these flows: they moved.
-    pub fn count_unpinned(&mut self, flows: u64) {
-        self.counters.unpinned += flows;
-    }
-
     /// The kernel cannot destroy the connections to these newly protected addresses: their first segment is refused.
     pub fn refuse_older_flows(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         self.older_flows.extend(addresses);
@@ -320,7 +339,7 @@ impl Engine {
     /// An answer, or what claims to be one, came on the socket of `query`.
     pub fn handle_dns_answer(&mut self, query: QueryId, answer: Vec<u8>, now: Now) {
         let taken = self.dns.handle_answer(query, answer, &self.directory, &mut self.routing, now);
-        self.count(taken);
+        self.count_answer(taken);
         self.settle(now);
     }
 
@@ -343,7 +362,7 @@ impl Engine {
     pub fn handle_stream_answer(&mut self, stream: StreamId, answer: Vec<u8>, now: Now) -> bool {
         let taken = self.dns.handle_stream_answer(stream, answer, &self.directory, &mut self.routing, now);
         let ok = taken.is_ok();
-        self.count(taken);
+        self.count_answer(taken);
         ok
     }
 
@@ -352,15 +371,16 @@ impl Engine {
         self.peers.transport.handle_timeout(now);
         let (owned, counters) = (&mut self.owned, &mut self.counters);
         self.peers.expire(now, |packet| {
-            counters.drop_one(DropReason::PeerSilent);
-            push_icmp(owned, IcmpError::AdminProhibited, packet);
+            counters.outbound_drops.add(DropReason::PeerSilent, 1);
+            push_icmp(owned, counters, IcmpError::AdminProhibited, packet);
         });
         self.routing.handle_timeout(now);
         if let Some(ladder) = &mut self.ladder {
             ladder.handle_timeout(now);
         }
-        let timed_out = self.dns.handle_timeout(now);
-        self.counters.drop_many(DropReason::DnsTimeout, timed_out);
+        let (queries, answers) = self.dns.handle_timeout(now);
+        self.counters.other_drops.add(DropReason::DnsTimeout, queries);
+        self.counters.answer_drops.add(DropReason::DnsTimeout, answers);
         self.expire_held(now);
         if self.next_sweep.is_some_and(|at| at <= now.instant) {
             self.flows.sweep(now);
@@ -421,25 +441,30 @@ impl Engine {
     pub fn poll_inject(&mut self) -> Option<Inject<'_>> {
         if let Some(train) = self.coalescer.trains().nth(self.next_train) {
             self.next_train += 1;
-            return Some(Inject { vnet: train.vnet, buffer: &self.receive, parts: train.parts });
+            let packets = train.parts.len() as u64;
+            let (vnet, parts) = (train.vnet, train.parts);
+            return Some(Inject { vnet, buffer: &self.receive, parts, origin: Origin::Peer, packets });
         }
         while let Some((client, resolver, answer)) = self.dns.released_udp(&self.routing) {
             let mut packet = Vec::new();
             if udp_packet(resolver, client, &answer, &mut packet) {
-                self.owned.push_back((VnetHeader::PLAIN, packet));
+                push_answer(&mut self.owned, &mut self.counters, packet);
             } else {
-                self.counters.drop_one(DropReason::TooBig);
+                self.counters.answer_drops.add(DropReason::TooBig, 1);
             }
         }
-        let (vnet, packet) = self.owned.pop_front()?;
-        let whole = 0..packet.len();
-        self.owned_now = (packet, whole);
-        Some(Inject { vnet, buffer: &self.owned_now.0, parts: std::slice::from_ref(&self.owned_now.1) })
+        let Owned { origin, packets, vnet, bytes } = self.owned.pop_front()?;
+        let whole = 0..bytes.len();
+        self.owned_now = (bytes, whole);
+        let parts = std::slice::from_ref(&self.owned_now.1);
+        Some(Inject { vnet, buffer: &self.owned_now.0, parts, origin, packets })
     }
 
     /// The next DNS message for a TCP connection of the pod.
     pub fn poll_stream(&mut self) -> Option<(StreamId, Vec<u8>)> {
-        self.dns.released_stream(&self.routing)
+        let released = self.dns.released_stream(&self.routing)?;
+        self.counters.answered += 1;
+        Some(released)
     }
 
     /// The next query for a resolver.
@@ -474,12 +499,6 @@ impl Engine {
         self.routing.is_protected(address)
     }
 
-    /// Every way packets ended so far.
-    #[must_use]
-    pub fn counters(&self) -> &Counters {
-        &self.counters
-    }
-
     /// Every peer, and whether there is a session with it; those with one first, in the order of their addresses.
     #[must_use]
     pub fn peers(&self) -> Vec<(IpAddr, bool)> {
@@ -494,47 +513,33 @@ impl Engine {
         self.flows.len()
     }
 
-    /// The kernel refused packets that were counted nowhere yet.
-    pub fn count_refused(&mut self, packets: u64) {
-        self.counters.drop_many(DropReason::KernelRefused, packets);
-    }
-
-    /// The kernel refused sealed packets: each ends in one counter.
-    pub fn count_unsent(&mut self, packets: u64) {
-        self.counters.sealed = self.counters.sealed.saturating_sub(packets);
-        self.count_refused(packets);
-    }
-
-    /// The kernel refused opened packets: each ends in one counter.
-    pub fn count_uninjected(&mut self, packets: u64) {
-        self.counters.opened = self.counters.opened.saturating_sub(packets);
-        self.count_refused(packets);
-    }
-
-    /// A TCP connection to a resolver was taken.
-    pub fn count_stream(&mut self) {
-        self.counters.dns_forwarded += 1;
-    }
-
-    fn count(&mut self, outcome: Result<(), DropReason>) {
-        if let Err(reason) = outcome {
-            self.counters.drop_one(reason);
+    fn count_answer(&mut self, taken: Result<(), DropReason>) {
+        self.counters.answers += 1;
+        if let Err(reason) = taken {
+            self.counters.answer_drops.add(reason, 1);
         }
     }
 
     fn answer_with(&mut self, error: IcmpError, quoted: &[u8]) {
-        push_icmp(&mut self.owned, error, quoted);
+        push_icmp(&mut self.owned, &mut self.counters, error, quoted);
     }
 }
 
 /// Most crafted packets waiting for the pod; a flood of errors is cut off there.
 const OWNED: usize = 1024;
 
-fn push_icmp(owned: &mut VecDeque<(VnetHeader, Vec<u8>)>, error: IcmpError, quoted: &[u8]) {
+fn push_icmp(owned: &mut VecDeque<Owned>, counters: &mut Counters, error: IcmpError, quoted: &[u8]) {
     let mut packet = Vec::new();
     if owned.len() < OWNED && icmp::icmp_error(error, quoted, &mut packet) {
-        owned.push_back((VnetHeader::PLAIN, packet));
+        counters.answers += 1;
+        push_answer(owned, counters, packet);
     }
+}
+
+/// One of [`Counters::answers`] goes to the pod.
+fn push_answer(owned: &mut VecDeque<Owned>, counters: &mut Counters, bytes: Vec<u8>) {
+    counters.answered += 1;
+    owned.push_back(Owned { origin: Origin::Agent, packets: 1, vnet: VnetHeader::PLAIN, bytes });
 }
 
 /// Whether an address can belong to a workload or a VIP at all.

@@ -14,10 +14,11 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::account::packets_of;
 use super::drop::DropReason;
 use super::mtu::{self, RECORD_HEADER, RECORD_TAG};
 use super::nat::{Direction, Kind, Tuple};
-use super::{Captured, Engine, Now, balance, is_unicast};
+use super::{Captured, Engine, Now, Origin, Owned, balance, is_unicast, push_answer};
 use crate::wire::icmp::IcmpError;
 use crate::wire::packet::{Packet, TCP_ACK, TCP_SYN, protocol};
 use crate::wire::rewrite::{self, Rewrite};
@@ -54,35 +55,59 @@ impl Engine {
     /// A burst of `len` bytes stands in the capture buffer.
     pub fn handle_captured(&mut self, len: usize, now: Now) -> Captured {
         let mut buffer = std::mem::take(&mut self.capture);
-        let outcome = match buffer.get_mut(..len) {
-            Some(burst) => self.capture_burst(burst, None, now),
-            None => Err(DropReason::Malformed),
-        };
+        let burst = buffer.get_mut(..len).unwrap_or_default();
+        let packets = packets_of(burst);
+        self.counters.captured += packets;
+        let outcome = self.capture_burst(burst, packets, None, now);
         self.capture = buffer;
         self.settle(now);
-        outcome.unwrap_or_else(|reason| {
-            self.counters.drop_one(reason);
-            Captured::Done
-        })
+        match outcome {
+            Ok(Captured::Done) => {}
+            Ok(Captured::DnsStream) => self.counters.dns_segments += packets,
+            Err(reason) => self.counters.outbound_drops.add(reason, packets),
+        }
+        outcome.unwrap_or(Captured::Done)
     }
 
-    /// Whether the `len` bytes in the capture buffer, which came from the helper namespace, are what a resolver's TCP
-    /// would say to this pod.
-    #[must_use]
-    pub fn is_helper_packet(&self, len: usize) -> bool {
-        let bytes = self.capture.get(VNET_HEADER_LEN..len);
-        bytes.and_then(|bytes| Some((bytes, Packet::parse(bytes)?))).is_some_and(|(bytes, packet)| {
-            packet.protocol == protocol::TCP
-                && packet.ports(bytes).is_some_and(|(source, _)| source == DNS_PORT)
-                && self.dns.is_resolver(packet.source)
-                && self.own.contains(&packet.destination)
-        })
+    /// The `len` bytes in the capture buffer came from the helper namespace. What a resolver's TCP would say to this pod
+    /// is to be passed on, and counts as that many packets; `None`: dropped.
+    pub fn handle_helper(&mut self, len: usize) -> Option<u64> {
+        let burst = self.capture.get(..len).unwrap_or_default();
+        let packets = packets_of(burst);
+        let checked = self.check_helper(burst);
+        self.counters.answers += packets;
+        match checked {
+            Ok(()) => {
+                self.counters.answered += packets;
+                Some(packets)
+            }
+            Err(reason) => {
+                self.counters.answer_drops.add(reason, packets);
+                None
+            }
+        }
     }
 
-    /// `deadline` is set where the burst was held before.
+    fn check_helper(&self, burst: &[u8]) -> Result<(), DropReason> {
+        let bytes = burst.get(VNET_HEADER_LEN..).ok_or(DropReason::Malformed)?;
+        let packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
+        if !is_unicast(packet.source) || !is_unicast(packet.destination) {
+            return Err(DropReason::LinkScope);
+        }
+        let from_resolver = packet.protocol == protocol::TCP
+            && packet.ports(bytes).is_some_and(|(source, _)| source == DNS_PORT)
+            && self.dns.is_resolver(packet.source);
+        if !from_resolver {
+            return Err(DropReason::NotOwner);
+        }
+        if self.own.contains(&packet.destination) { Ok(()) } else { Err(DropReason::NotForUs) }
+    }
+
+    /// `packets` is what the burst counts as; `deadline` is set where it was held before.
     fn capture_burst(
         &mut self,
         burst: &mut [u8],
+        packets: u64,
         deadline: Option<Instant>,
         now: Now,
     ) -> Result<Captured, DropReason> {
@@ -120,8 +145,8 @@ impl Engine {
             Ok(Route::Peer(peer, change)) => self.seal_burst(peer, &change, bytes, &packet, vnet, now)?,
             Ok(Route::Hairpin(change)) => {
                 rewrite::apply(bytes, &packet, &change, vnet.partial_checksum.is_some());
-                self.counters.opened += 1;
-                self.owned.push_back((vnet, bytes.to_vec()));
+                self.counters.hairpinned += packets;
+                self.owned.push_back(Owned { origin: Origin::Pod, packets, vnet, bytes: bytes.to_vec() });
             }
             Ok(Route::Unknown) => {
                 let deadline = deadline.unwrap_or(now.instant + super::inbound::HELD_LIFE);
@@ -308,7 +333,8 @@ impl Engine {
         }
         let mut reset = Vec::new();
         if tcp_reset(bytes, &mut reset) {
-            self.owned.push_back((VnetHeader::PLAIN, reset));
+            self.counters.answers += 1;
+            push_answer(&mut self.owned, &mut self.counters, reset);
         } else {
             self.answer_with(IcmpError::PortUnreachable, bytes);
         }
@@ -317,8 +343,14 @@ impl Engine {
     /// The directory changed: packets that nobody could place get another chance.
     pub(super) fn retry_unrouted(&mut self, now: Now) {
         for (deadline, mut burst) in self.held.take_unrouted() {
-            if let Err(reason) = self.capture_burst(&mut burst, Some(deadline), now) {
-                self.counters.drop_one(reason);
+            let packets = packets_of(&burst);
+            match self.capture_burst(&mut burst, packets, Some(deadline), now) {
+                Ok(Captured::Done) => {}
+                // The resolver was one of the project, and is not any more: its connection begins anew.
+                Ok(Captured::DnsStream) => {
+                    self.counters.outbound_drops.add(DropReason::UnknownDestination, packets);
+                }
+                Err(reason) => self.counters.outbound_drops.add(reason, packets),
             }
         }
     }

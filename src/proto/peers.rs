@@ -13,8 +13,9 @@ use foldhash::quality::FixedState;
 use serde::{Deserialize, Serialize};
 
 use super::Now;
+use super::account::Counters;
 use super::directory::Workload;
-use super::drop::{Counters, DropReason};
+use super::drop::DropReason;
 use super::journal::LivePeers;
 use super::ladder::{Ladder, Probe};
 use super::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
@@ -234,7 +235,7 @@ impl Peers {
         for PeerHandover { address, transport, staged } in peers {
             let Some(&id) = self.by_address.get(&address) else {
                 let packets = staged.iter().map(|old| old.count.min(STAGED) as u64).sum();
-                counters.drop_many(DropReason::PeerGone, packets);
+                counters.outbound_drops.add(DropReason::PeerGone, packets);
                 continue;
             };
             let wanted = self.live.take_wanted(address);
@@ -274,6 +275,12 @@ impl Peers {
         let dropped = self.by_id.remove(&id).map_or(0, |peer| peer.packets);
         self.staged -= dropped;
         dropped
+    }
+
+    /// Packets that wait for a session.
+    #[must_use]
+    pub fn staged(&self) -> u64 {
+        self.staged as u64
     }
 
     /// Whether the directory has a peer with this address.
@@ -330,7 +337,7 @@ impl Peers {
     ) {
         let Some(&id) = self.by_address.get(&to) else {
             transmits.arena.truncate(start);
-            counters.drop_many(DropReason::PeerGone, split.count as u64);
+            counters.outbound_drops.add(DropReason::PeerGone, split.count as u64);
             return;
         };
         if let Some(mut sealer) = self.transport.seal(id, now) {
@@ -344,7 +351,7 @@ impl Peers {
                 // Part of the burst may have taken counters: none of it is used again.
                 Err(reason) => {
                     transmits.arena.truncate(start);
-                    counters.drop_many(reason, split.count as u64);
+                    counters.outbound_drops.add(reason, split.count as u64);
                 }
             }
             return;
@@ -352,7 +359,7 @@ impl Peers {
         self.transport.begin(id, now);
         let peer = self.by_id.get_mut(&id).expect("every id in by_address is in by_id");
         if peer.packets + split.count > STAGED || self.staged + split.count > STAGED_TOTAL {
-            counters.drop_many(DropReason::QueueFull, split.count as u64);
+            counters.outbound_drops.add(DropReason::QueueFull, split.count as u64);
         } else {
             peer.packets += split.count;
             self.staged += split.count;

@@ -23,6 +23,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const PROHIBITED: Duration = Duration::from_secs(30);
 /// Least life of an address that only DNS knows.
 const DNS_LIFE: Duration = Duration::from_secs(60);
+/// Longest life that a DNS answer can give.
+pub(super) const LONGEST_LIFE: Duration = Duration::from_secs(86_400);
 /// Addresses known from DNS alone; more are refused (the answer is not released).
 const DNS_ADDRESSES: usize = 4096;
 /// Addresses per batch: keeps one netlink transaction short.
@@ -107,17 +109,38 @@ impl Routing {
     pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
         // What DNS alone knew must not go in clear before its time.
         let until = now.instant + PROHIBITED.max(DNS_LIFE);
-        for address in addresses {
-            let batch = BatchId::default();
-            let entry = Entry {
-                directory: false,
-                dns_until: None,
-                prohibited_until: Some(until),
-                passed: false,
-                batch,
-            };
-            self.entries.entry(*address).or_insert(entry);
-            self.note_deadline(until);
+        addresses.iter().for_each(|address| self.adopt_until(*address, until));
+    }
+
+    fn adopt_until(&mut self, address: IpAddr, until: Instant) {
+        let adopted = || Entry {
+            directory: false,
+            dns_until: None,
+            prohibited_until: Some(until),
+            passed: false,
+            batch: BatchId::default(),
+        };
+        let entry = self.entries.entry(address).or_insert_with(adopted);
+        if let Some(prohibited_until) = &mut entry.prohibited_until {
+            *prohibited_until = until.max(*prohibited_until);
+        }
+        self.note_deadline(until);
+    }
+
+    /// What is known from DNS alone, and how long each address still lives.
+    pub(super) fn export(&self, now: Now) -> Vec<(IpAddr, Duration)> {
+        let left = |(address, entry): (&IpAddr, &Entry)| {
+            let until = entry.dns_until.filter(|_| !entry.directory && !entry.passed)?;
+            Some((*address, until.saturating_duration_since(now.instant)))
+        };
+        self.entries.iter().filter_map(left).collect()
+    }
+
+    /// A former agent gave [`Self::export`] at `then`: nobody named these addresses yet, and they stay closed as long as
+    /// they would have lived.
+    pub(super) fn import(&mut self, known: Vec<(IpAddr, Duration)>, then: Instant) {
+        for (address, left) in known.into_iter().take(DNS_ADDRESSES) {
+            self.adopt_until(address, then + left.min(LONGEST_LIFE));
         }
     }
 

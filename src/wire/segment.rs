@@ -89,6 +89,21 @@ pub fn split(
     Some(Split { record_len, last_len, count })
 }
 
+/// Packets that [`split`] makes of one packet or super-packet, where it makes any: 1 without looking at an ordinary one.
+pub fn count(bytes: &[u8], vnet: &VnetHeader, packet: impl FnOnce() -> Option<Packet>) -> Option<usize> {
+    let size = match vnet.gso {
+        Gso::None => return Some(1),
+        Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size) => usize::from(size),
+    };
+    let packet = packet()?;
+    let transport_len = match vnet.gso {
+        Gso::Udp(_) => 8,
+        _ => packet.tcp_header_len(bytes.get(..packet.len)?)?,
+    };
+    let payload = packet.len.checked_sub(packet.transport + transport_len)?;
+    Some(payload.div_ceil(size.max(1)).max(1))
+}
+
 /// One packet that is not to be cut; a partial checksum is completed.
 fn single(bytes: &[u8], vnet: &VnetHeader, room: Room, out: &mut Vec<u8>) -> Option<Split> {
     let len = room.record_len(bytes.len());

@@ -303,20 +303,24 @@ fn echo(load: &Load, mut stream: TcpStream) {
 }
 
 /// Waits until a pod's way to `vip` is the tunnel: earlier packets would go in clear, and rightly.
-fn await_route(lab: &Lab, pod: &str, vip: IpAddr) {
+pub fn await_route(lab: &Lab, pod: &str, vip: IpAddr) {
     let end = Instant::now() + Duration::from_secs(5);
     loop {
-        let text = lab.pod(pod).enter(|| {
-            let out =
-                Command::new("ip").args(["route", "get", &vip.to_string()]).output().expect("ip route get");
-            String::from_utf8_lossy(&out.stdout).into_owned()
-        });
+        let text = route_to(lab, pod, vip);
         if text.contains("dev tenc0") {
             return;
         }
         assert!(Instant::now() < end, "{pod} has no route to {vip} through the tunnel: {text}");
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// What `ip route get` says in a pod, errors too.
+pub fn route_to(lab: &Lab, pod: &str, vip: IpAddr) -> String {
+    lab.pod(pod).enter(|| {
+        let out = Command::new("ip").args(["route", "get", &vip.to_string()]).output().expect("ip route get");
+        String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -16,6 +16,7 @@
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
 mod crash;
+mod directory;
 mod dns;
 mod escape;
 mod guard;
@@ -128,6 +129,7 @@ fn main() -> std::process::ExitCode {
         lifecycle::CASES,
         crash::CASES,
         takeover::CASES,
+        directory::CASES,
         watch::CASES,
         status::CASES,
     ] {

@@ -5,7 +5,7 @@
 //! 3. [`FileSource::next`] waits for the folder to change and gives the changes since
 //!
 //! Everything that changes within one burst is told at once. A burst ends after 5 ms of silence, after 20 ms at the
-//! latest. A source that became empty removes nothing: that is a mistake far more often than a project without pods.
+//! latest; where files are deleted, 100 ms after the last one (see `folder.rs`). A source that became empty removes nothing: that is a mistake far more often than a project without pods.
 //!
 //! May touch: the folder, read-only (see `folder.rs`). Reading and parsing block the calling task.
 

@@ -15,7 +15,7 @@ const PROMPT: Duration = Duration::from_millis(50);
 /// The bound where a test is about what is told, not about when.
 const SEEN: Duration = Duration::from_secs(2);
 /// Nothing is told for this long: beyond the longest burst.
-const SILENCE: Duration = Duration::from_millis(100);
+const SILENCE: Duration = Duration::from_millis(250);
 
 struct Rig {
     dir: TempDir,
@@ -153,6 +153,33 @@ async fn an_emptied_folder_removes_nothing() {
     fs::remove_file(rig.path("b.yml")).unwrap();
     rig.silent().await;
     rig.is(&["10.0.0.2", "10.0.0.3"]);
+}
+
+#[tokio::test]
+async fn a_folder_that_is_emptied_slowly_removes_nothing() {
+    let mut rig = Rig::new();
+    for n in 0..20 {
+        rig.write(&format!("n{n}.yaml"), &pod(&format!("n{n}"), &format!("10.0.1.{n}")));
+    }
+    while rig.entries.len() < 22 {
+        rig.told().await;
+    }
+    let before = rig.entries.clone();
+    for entry in fs::read_dir(rig.path("")).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+        let told = timeout(Duration::from_millis(15), rig.source.next()).await;
+        assert!(told.is_err(), "half of it was told: {told:?}");
+    }
+    rig.silent().await;
+    assert_eq!(rig.entries, before);
+    // And it comes back as slowly.
+    for n in 0..3 {
+        rig.write(&format!("n{n}.yaml"), &pod(&format!("n{n}"), &format!("10.0.1.{n}")));
+        let told = timeout(Duration::from_millis(600), rig.source.next()).await;
+        assert!(told.is_err(), "{told:?}");
+    }
+    rig.told().await;
+    assert_eq!(rig.entries.len(), 3, "what never came back is gone");
 }
 
 #[tokio::test]

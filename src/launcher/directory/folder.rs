@@ -8,7 +8,8 @@
 //!
 //! Files count if they are named `*.yaml`, `*.yml` or `*.json`, do not start with a dot, and are regular files, also
 //! behind a symbolic link (a ConfigMap mount is made of them). Later names win over earlier ones. A folder that
-//! vanished or was emptied removes nothing; after its return, files that are still missing count for another second.
+//! vanished or was emptied removes nothing; while files are being deleted nobody knows yet whether any will be left, so
+//! nothing is taken until that is over. After its return, files that are still missing count until none came for a second.
 //!
 //! Blocking. May touch: the folder, read-only. Source: inotify(7).
 
@@ -33,7 +34,11 @@ const FILES_MAX: usize = 10_000;
 const WRITER_MAX: Duration = Duration::from_secs(5);
 /// Files that were touched while they were read are read again after this time.
 const RETRY: Duration = Duration::from_millis(5);
-/// How long a folder that came back may take to be filled again.
+/// Deletions are over when none came for this long: `rm` is faster, also on a busy machine.
+const DELETING: Duration = Duration::from_millis(100);
+/// What is deleted for longer than this is deleted file by file.
+const DELETING_MAX: Duration = Duration::from_secs(5);
+/// How long after its last new file a folder that came back counts as filled again.
 const REFILL: Duration = Duration::from_secs(1);
 
 /// Why a folder cannot be a source.
@@ -144,6 +149,8 @@ struct Events {
     writing: BTreeMap<OsString, Instant>,
     /// To be read again whatever its fingerprint.
     touched: BTreeSet<OsString>,
+    /// When the first and the last of the manifests deleted since then were.
+    deleted: Option<(Instant, Instant)>,
     /// Events were lost: everything is to be read again.
     lost: bool,
     /// The watch is dead.
@@ -161,12 +168,23 @@ impl Events {
             self.unwatched = true;
         }
         let Some(name) = event.name else { return };
+        if event.mask.intersects(F::IN_DELETE | F::IN_MOVED_FROM) && syntax(&name).is_some() {
+            let (first, _) = self.deleted.unwrap_or((now, now));
+            self.deleted = Some((first, now));
+        }
         if event.mask.intersects(F::IN_MODIFY) {
             self.writing.insert(name.clone(), now);
         } else {
             self.writing.remove(&name);
         }
         self.touched.insert(name);
+    }
+
+    /// Until when deletions may go on, if they do.
+    fn deleting_until(&mut self, now: Instant) -> Option<Instant> {
+        let until = |(first, last): (Instant, Instant)| (last + DELETING).min(first + DELETING_MAX);
+        self.deleted = self.deleted.filter(|deleted| now < until(*deleted));
+        self.deleted.map(until)
     }
 }
 
@@ -267,12 +285,19 @@ impl Folder {
         if matches!(self.problem, Some(Problem::Vanished { .. } | Problem::Empty)) {
             self.refill_until = Some(now + REFILL);
         }
+        if let Some(until) = self.events.deleting_until(now) {
+            scan.again = Some(until);
+            return scan;
+        }
         let too_many = (names.len() > FILES_MAX).then_some(Problem::TooManyFiles);
         self.report_folder(folder_problem.or(too_many), &mut scan);
 
         let names: BTreeSet<OsString> = names.into_iter().take(FILES_MAX).collect();
         let readings = self.read_changed(&names);
         self.drain(now);
+        if self.refill_until.is_some() && !readings.is_empty() {
+            self.refill_until = Some(now + REFILL);
+        }
         for (name, reading) in readings {
             if !self.events.touched.contains(&name) {
                 self.take(name, reading, &mut scan);
@@ -379,8 +404,9 @@ impl Folder {
 
     fn remove_missing(&mut self, names: &BTreeSet<OsString>, now: Instant, scan: &mut Scan) {
         self.refill_until = self.refill_until.filter(|until| now < *until);
-        scan.again = self.refill_until;
-        if self.refill_until.is_none() {
+        // Deletions that began after the listing are looked at when they are over.
+        scan.again = self.refill_until.or(self.events.deleting_until(now));
+        if scan.again.is_none() {
             self.files.retain(|name, manifest| {
                 let stays = names.contains(name);
                 scan.changed |= !stays && manifest.objects != Objects::default();

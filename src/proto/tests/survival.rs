@@ -12,7 +12,7 @@ use super::*;
 
 /// What the state file would hold.
 #[derive(Default)]
-struct Journal {
+pub(super) struct Journal {
     flows: BTreeMap<u32, FlowRecord>,
     peers: BTreeMap<u32, IpAddr>,
     stamp: Option<Duration>,
@@ -20,7 +20,7 @@ struct Journal {
 }
 
 impl Journal {
-    fn drain(&mut self, engine: &mut Engine) {
+    pub(super) fn drain(&mut self, engine: &mut Engine) {
         while let Some(record) = engine.poll_record() {
             self.writes += 1;
             match record {
@@ -36,7 +36,7 @@ impl Journal {
         }
     }
 
-    fn restored(&self) -> Restored {
+    pub(super) fn restored(&self) -> Restored {
         Restored {
             flows: self.flows.iter().map(|(slot, flow)| (*slot, *flow)).collect(),
             peers: self.peers.iter().map(|(slot, address)| (*slot, *address)).collect(),
@@ -47,13 +47,13 @@ impl Journal {
 }
 
 /// A successor's seed for indices and keys is its own; that for endpoint choice is its predecessor's.
-fn successor(node: &Node, number: u8) -> Engine {
+pub(super) fn successor(node: &Node, number: u8) -> Engine {
     let mut new = engine(200 + number, &node.own, Mode::Strict);
     new.balance_seed = node.engine.balance_seed;
     new
 }
 
-fn bring_up(engine: &mut Engine, now: Now) {
+pub(super) fn bring_up(engine: &mut Engine, now: Now) {
     engine.handle_directory(everything(), now);
     while let Some(batch) = engine.poll_batch() {
         engine.handle_applied(batch.id, true, now);
@@ -69,7 +69,7 @@ impl Network {
         self.nodes[node].engine = new;
     }
 
-    fn upgrade(&mut self, node: usize, generation: u8) -> Vec<u8> {
+    pub(super) fn upgrade(&mut self, node: usize, generation: u8) -> Vec<u8> {
         let mut new = successor(&self.nodes[node], generation);
         bring_up(&mut new, self.now);
         let old = std::mem::replace(&mut self.nodes[node].engine, new);

@@ -1,0 +1,118 @@
+//! The DNS gate: answers wait for their routes, and packets for what only DNS knows.
+
+use super::*;
+
+pub(super) fn query(name: &str) -> Vec<u8> {
+    let mut out = vec![0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        out.push(u8::try_from(label.len()).unwrap());
+        out.extend(label.bytes());
+    }
+    out.extend([0, 0, 1, 0, 1]);
+    out
+}
+
+pub(super) fn answer(forwarded: &[u8], address: [u8; 4]) -> Vec<u8> {
+    let mut out = forwarded.to_vec();
+    out[2] |= 0x80;
+    out[7] = 1;
+    out.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
+    out.extend(address);
+    out
+}
+
+#[test]
+fn dns_answer_is_held_until_its_route_exists_and_is_released_byte_for_byte() {
+    let mut network = Network::project();
+    network.nodes[0].applies = false;
+    let asked = query("new.shop.svc.cluster.local");
+    network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &asked));
+    let forward = network.nodes[0].engine.poll_forward().unwrap();
+    assert_eq!(forward.upstream, at(RESOLVER, 53));
+    assert_eq!(forward.bytes[2..], asked[2..]);
+    let reply = answer(&forward.bytes, [10, 96, 0, 99]);
+    let mut forged = reply.clone();
+    forged[0] ^= 1;
+    let now = network.now;
+    network.nodes[0].engine.handle_dns_answer(forward.query, forged, now);
+    network.nodes[0].engine.handle_dns_answer(forward.query, reply.clone(), now);
+    network.run();
+    assert!(network.inbox(0).is_empty(), "released before its route");
+    assert_eq!(network.nodes[0].batches.len(), 1);
+    network.nodes[0].applies = true;
+    network.run();
+    let got = network.inbox(0);
+    let (source, destination, mut bytes) = read(&got[0]);
+    assert_eq!((source, destination), (at(RESOLVER, 53), at(CLIENT[0], 5353)));
+    bytes[..2].copy_from_slice(&reply[..2]);
+    assert_eq!(bytes, reply);
+    assert_eq!(read(&got[0]).2[..2], [0xab, 0xcd]);
+    assert_eq!(network.dropped(0, DropReason::DnsMalformed), 1);
+}
+
+#[test]
+fn a_dns_connection_whose_answer_never_gets_its_route_is_closed() {
+    let mut network = Network::project();
+    network.nodes[0].applies = false;
+    let [waits, other] = [StreamId(7), StreamId(8)];
+    let now = network.now;
+    let engine = &mut network.nodes[0].engine;
+    assert!(engine.handle_stream_answer(
+        waits,
+        answer(&query("new.shop.svc.cluster.local"), [10, 96, 0, 99]),
+        now
+    ));
+    assert!(engine.handle_stream_answer(other, answer(&query("example.com"), [192, 0, 2, 1]), now));
+    assert_eq!(engine.poll_stream().map(|(stream, _)| stream), Some(other));
+    network.advance(Duration::from_millis(4900));
+    assert_eq!(network.nodes[0].engine.poll_broken_stream(), None);
+    network.advance(Duration::from_millis(200));
+    let engine = &mut network.nodes[0].engine;
+    assert_eq!(engine.poll_broken_stream(), Some(waits));
+    assert_eq!(engine.poll_broken_stream(), None);
+    assert!(engine.poll_stream().is_none());
+    assert_eq!(network.dropped(0, DropReason::DnsTimeout), 1);
+}
+
+#[test]
+fn a_packet_to_an_address_that_only_dns_knows_waits_for_the_directory() {
+    let mut network = Network::project();
+    network.capture(0, &udp((CLIENT[0], 4000), ("10.96.0.99", 80), b"waiting"));
+    network.advance(Duration::from_millis(500));
+    for node in 0..2 {
+        network.tell(node, vec![vip("10.96.0.99", &[SERVER[0]])]);
+    }
+    assert_eq!(read(&network.inbox(1)[0]).1, at(SERVER[0], 8080));
+    network.capture(0, &udp((CLIENT[0], 4000), ("10.96.0.98", 80), b"in vain"));
+    network.advance(Duration::from_millis(1100));
+    let errors = network.inbox(0);
+    assert_eq!(errors[0][20..22], [3, 13], "ICMP admin-prohibited");
+    assert_eq!(network.dropped(0, DropReason::UnknownDestination), 1);
+}
+
+#[test]
+fn what_dns_alone_knew_stays_closed_for_its_whole_life_after_an_upgrade() {
+    let known = ["10.96.0.98", "10.96.0.99"].map(ip);
+    let mut network = Network::project();
+    for (ttl, last) in [(5u32, 98), (3600, 99)] {
+        network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &query("new.shop.svc.cluster.local")));
+        let forward = network.nodes[0].engine.poll_forward().unwrap();
+        let mut reply = answer(&forward.bytes, [10, 96, 0, last]);
+        let at = reply.len() - 10;
+        reply[at..at + 4].copy_from_slice(&ttl.to_be_bytes());
+        let now = network.now;
+        network.nodes[0].engine.handle_dns_answer(forward.query, reply, now);
+        network.run();
+    }
+    network.advance(Duration::from_secs(10));
+    network.upgrade(0, 1);
+    let closed = |network: &Network| known.map(|address| network.nodes[0].engine.is_protected(address));
+    network.advance(Duration::from_secs(49));
+    assert_eq!(closed(&network), [true, true]);
+    network.advance(Duration::from_secs(2));
+    assert_eq!(closed(&network), [false, true]);
+    network.advance(Duration::from_secs(3600 - 62));
+    assert_eq!(closed(&network), [false, true]);
+    network.advance(Duration::from_secs(2));
+    assert_eq!(closed(&network), [false, false]);
+}
