@@ -15,6 +15,8 @@
 )]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
+mod attackers;
+mod bridge;
 mod crash;
 mod dns;
 mod escape;
@@ -123,6 +125,8 @@ fn main() -> std::process::ExitCode {
         reach::CASES,
         names::CASES,
         hostile::CASES,
+        attackers::CASES,
+        bridge::CASES,
         ladder::CASES,
         lifecycle::CASES,
         crash::CASES,
