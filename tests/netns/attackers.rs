@@ -14,8 +14,8 @@ use std::net::{IpAddr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use blake2::digest::consts::U16;
 use blake2::digest::FixedOutput as _;
+use blake2::digest::consts::U16;
 use blake2::{Blake2s256, Blake2sMac, Digest as _};
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha20Rng;
@@ -116,6 +116,29 @@ pub fn assert_none_out(lab: &Lab) {
     let leaks = lab.leaks();
     let out = leaks.count(|pod, _, direction, _| pod.starts_with("shop-") && direction == "out");
     assert!(out == 0, "{out} packets in clear: {:?}", leaks.rows);
+}
+
+/// A bridge whose frames nobody redirects on their way: those for a Service would go to one of its pods.
+pub struct PlainBridge<'l>(&'l Lab);
+
+impl<'l> PlainBridge<'l> {
+    /// Until it is dropped.
+    pub fn new(lab: &'l Lab) -> Self {
+        set_bridge_hooks(lab, '0');
+        Self(lab)
+    }
+}
+
+impl Drop for PlainBridge<'_> {
+    fn drop(&mut self) {
+        set_bridge_hooks(self.0, '1');
+    }
+}
+
+fn set_bridge_hooks(lab: &Lab, to: char) {
+    let command = format!("for f in /proc/sys/net/bridge/bridge-nf-call-ip*tables; do echo {to} >$f; done");
+    let ran = lab.exec("node1", &command, Duration::from_secs(5));
+    assert!(ran.code == 0, "{command}: {}", ran.err);
 }
 
 fn assert_unharmed(canary: &Canary) {
@@ -353,6 +376,7 @@ fn forged(lab: &Lab) {
         for from in lab.pod(PEER).addresses() {
             let to = attack.victim.address(from);
             let tap = attack.victim.sniff();
+            lab.pod(PEER).udp_for(to).send_to(CANARY, (to, ECHO)).expect("send");
             let index = index_in_use(&tap, from, to);
             let forgeries = forgeries(&key, from, to, index);
             let own = attack.attacker.address(from);
@@ -452,6 +476,7 @@ fn replay(lab: &Lab, attack: &Attack, from: IpAddr, sources: &[IpAddr]) -> (BTre
     let to = attack.victim.address(from);
     let receiver = attack.victim.udp((to, NUMBERS_PORT));
     receiver.set_read_timeout(Some(QUIET)).expect("time-out");
+    socket2::SockRef::from(&receiver).set_recv_buffer_size(8 << 20).expect("receive buffer");
     let sender = lab.pod(PEER).udp_for(to);
     sender.connect((to, NUMBERS_PORT)).expect("connect");
     let tap = Sniffer::on(&lab.netns("node1"), &format!("p-{VICTIM}"));
@@ -494,7 +519,7 @@ fn replayed_in_clear(lab: &Lab) {
     let attack = Attack::on(lab, VICTIM);
     for from in lab.pod(PEER).addresses() {
         let (counts, stream) = replay(lab, &attack, from, &replaying(lab, from));
-        assert_eq!(counts.values().sum::<u64>(), NUMBERS + 3 * stream, "to {:?}", counts);
+        assert_eq!(counts.values().sum::<u64>(), NUMBERS + 3 * stream, "as {from}: {counts:?}");
     }
 }
 
@@ -594,7 +619,7 @@ fn provoked(attack: &Attack, from: IpAddr, packets: &[Vec<u8>]) -> Vec<Vec<u8>> 
     thread::sleep(QUIET);
     let frames = tap.drain();
     let arrived = frames.iter().filter(|frame| attack.made(frame)).count();
-    assert!(arrived >= packets.len(), "{arrived} of {} probes arrived", packets.len());
+    assert!(arrived >= packets.len(), "{arrived} of {} packets arrived", packets.len());
     let of_interest = |frame: &Vec<u8>| {
         let concerns = packets::seen(frame).is_some_and(|seen| seen.from == from || seen.to == from);
         concerns && !attack.made(frame) && !is_discovery(frame)
@@ -603,6 +628,7 @@ fn provoked(attack: &Attack, from: IpAddr, packets: &[Vec<u8>]) -> Vec<Vec<u8>> 
 }
 
 fn probed(lab: &Lab) {
+    let _bridge = PlainBridge::new(lab);
     let attack = Attack::on(lab, VICTIM);
     for from in attack.attacker.addresses() {
         let to = attack.victim.address(from);

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::Case;
-use crate::attackers::{ATTACKER, Attack, PEER, VICTIM, assert_none_out, is_discovery};
+use crate::attackers::{ATTACKER, Attack, PEER, PlainBridge, VICTIM, assert_none_out, is_discovery};
 use crate::dns;
 use crate::lab::{Agents, Lab, RESOLVER, TUNNEL_PORT};
 use crate::lifecycle::StopAtEnd;
@@ -203,7 +203,9 @@ fn withheld(lab: &Lab) {
         let datagrams: Vec<_> = frames
             .iter()
             .filter(|frame| packets::sealed(frame) == Some(4))
-            .filter_map(|frame| packets::udp_payload(frame).filter(|payload| payload.len() == 16 + padded + 16))
+            .filter_map(|frame| {
+                packets::udp_payload(frame).filter(|payload| payload.len() == 16 + padded + 16)
+            })
             .collect();
         assert!(datagrams.len() > 10, "only {} datagrams were withheld", datagrams.len());
         let n = u64::try_from(datagrams.len()).expect("a few");
@@ -258,6 +260,7 @@ fn heard(receiver: &UdpSocket) -> BTreeMap<u64, u64> {
 /// With the gateway's address the attacker gets every query, and answers with `poison`. Returns what the application was
 /// told, and whether a word to that address came to the attacker in clear.
 fn poison(lab: &Lab, name: &str, poison: [u8; 4]) -> (Option<Vec<u8>>, bool) {
+    let _bridge = PlainBridge::new(lab);
     let client = lab.pod(PEER);
     let attack = Attack::on(lab, PEER);
     let gateway: IpAddr = GATEWAY[0].parse().expect("an address");
