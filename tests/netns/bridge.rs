@@ -35,7 +35,7 @@ pub const CASES: &[Case] = &[
     Case::new("control_a_poisoned_answer_leads_to_the_attacker_without_agents", poisoned_in_clear)
         .agents(Agents::Off)
         .looks_itself(),
-    Case::new("promise_9_a_poisoned_answer_can_only_make_a_connection_fail", poisoned)
+    Case::new("promise_9_an_address_from_a_poisoned_answer_gets_no_plaintext", poisoned)
         .every_rp_filter()
         .looks_itself(),
 ];
@@ -307,14 +307,12 @@ fn answer_queries(attack: &Attack, tap: &Sniffer, poison: [u8; 4]) {
     }
 }
 
-/// The attacker's own address, and those of a node, of the resolver and of the outside.
-fn poisons(lab: &Lab) -> Vec<[u8; 4]> {
-    let own = lab.pod(ATTACKER).v4.octets();
-    vec![own, [192, 168, 77, 1], RESOLVER.octets(), [203, 0, 113, 10]]
-}
+/// The attacker's own address, and one of the outside. (Where DNS may rightly lead a name out of the project, to a node
+/// or by CNAME, a forged answer leads there too.)
+const POISONS: [[u8; 4]; 2] = [[10, 1, 1, 21], [203, 0, 113, 10]];
 
 fn poisoned_in_clear(lab: &Lab) {
-    for address in poisons(lab) {
+    for address in POISONS {
         let (told, clear) = poison(lab, "web.shop.svc.cluster.local", address);
         let told = told.expect("an answer");
         assert!(told.ends_with(&address), "the true answer was faster: {told:?}");
@@ -323,7 +321,7 @@ fn poisoned_in_clear(lab: &Lab) {
 }
 
 fn poisoned(lab: &Lab) {
-    for address in poisons(lab) {
+    for address in POISONS {
         let (told, clear) = poison(lab, "web.shop.svc.cluster.local", address);
         // Not to be told is fine too.
         assert!(told.is_none_or(|told| told.ends_with(&address)), "the true answer was faster");

@@ -30,6 +30,7 @@ mod names;
 mod packets;
 mod pod;
 mod reach;
+mod replays;
 mod services;
 mod snapshot;
 mod status;
@@ -126,6 +127,7 @@ fn main() -> std::process::ExitCode {
         names::CASES,
         hostile::CASES,
         attackers::CASES,
+        replays::CASES,
         bridge::CASES,
         ladder::CASES,
         lifecycle::CASES,
