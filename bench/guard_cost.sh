@@ -8,7 +8,8 @@
 #
 # One lab, one path (shop-client behind the bridge of node1, vxlan, bank-server routed on node2), one TCP stream in clear.
 # Each pair is two runs one after the other, their order drawn by lot: with `tencrypt launch` in the pod (strict: guard,
-# routes, agent), and after its stop. Everything else stays.
+# routes, agent), and after its stop. Everything else stays. iperf3 has the highest priority: what else the machine does
+# disturbs it less.
 #
 # The ratio of a pair is goodput with the guard to goodput without. Met when the 95 % interval of the median ratio (that of
 # the sign test: order statistics, no assumption about the noise) contains 1 or begins at 0.95 or above; else exit status 1.
@@ -61,7 +62,7 @@ guarded() {
 
 # goodput: Gbit/s of one run, receiver side.
 goodput() {
-  in_pod $CLIENT timeout $((seconds + 30)) iperf3 -J -t "$seconds" -C cubic -p $PORT -c "$BANK_SERVER_V4" |
+  in_pod $CLIENT timeout $((seconds + 30)) nice -n -20 iperf3 -J -t "$seconds" -C cubic -p $PORT -c "$BANK_SERVER_V4" |
     jq -er '.end.sum_received.bits_per_second / 1e9' 2>>"$work/log" || fail "iperf3 failed"
 }
 
@@ -96,7 +97,7 @@ note "Lab $TENC_LAB ..."
 lab up
 # shellcheck source=/dev/null
 . "/run/tencrypt-lab/$TENC_LAB/lab.env"
-background $SERVER iperf3 -s -p $PORT
+background $SERVER nice -n -20 iperf3 -s -p $PORT
 await_listening $SERVER $PORT
 load=$(cut -d' ' -f1-3 /proc/loadavg)
 goodput >/dev/null
@@ -123,5 +124,7 @@ missed=0
 verdict "pairs >= PAIRS_MIN" "pairs: at least $PAIRS_MIN" "$pairs"
 met=$(awk -v l="$low" -v h="$high" -v g=$GOAL 'BEGIN { print (l != "-" && ((l <= 1 && h >= 1) || l >= g)) ? 1 : 0 }')
 verdict "$met" "the interval contains 1, or begins at $GOAL or above" "$low to $high"
+awk -v l="$low" -v h="$high" 'BEGIN { exit !(h - l > 0.2) }' &&
+  note "(An interval this wide says little: run it on an idle machine, or with more pairs.)"
 printf '(%d s)\n' $((SECONDS - began))
 ((missed == 0))
