@@ -31,11 +31,9 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 repo=$(dirname "$here")
 lab_sh=$repo/netns-scripts/lab.sh
 
-say() { printf '%s\n' "$*"; }
-note() { printf '%s\n' "$*" >&2; }
-fail() { note "goodput: $*"; exit 2; }
+# shellcheck source-path=SCRIPTDIR source=/dev/null
+. "$here/lib/common.sh"
 usage() { sed -n '4,9{s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
-number() { [[ ${1:-} =~ ^[1-9][0-9]{0,3}$ ]] || usage; printf '%s' "$1"; }
 
 rounds=5 seconds=5 with_tencrypt=1 arguments=("$@")
 while (($#)); do
@@ -52,69 +50,19 @@ REQUESTS=3000 REKEYS=15 REKEY_AFTER=2
 # The goals: Tencrypt to wireguard-go, Tencrypt with rekeys to Tencrypt without.
 GOAL_PEER=1.0 GOAL_REKEY=0.9
 
-# build: as the user who called sudo, so that target/ and ~/.cargo stay theirs.
-build() {
-  # shellcheck disable=SC2016  # expanded by the inner shell
-  local script='cd "$0" && PATH=$PATH:$HOME/.cargo/bin && exec cargo build --release --quiet'
-  if ((EUID == 0)) && [[ -n ${SUDO_USER:-} && $SUDO_USER != root ]]; then
-    sudo -u "$SUDO_USER" -H env ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} bash -lc "$script" "$repo"
-  else
-    bash -c "$script" "$repo"
-  fi
-}
-
 extra=()
 ((!with_tencrypt)) || command -v cc >/dev/null || extra+=(gcc libc6-dev)
 "$repo/netns-scripts/deps.sh" wireguard-go wireguard-tools "${extra[@]}"
-if ((with_tencrypt)) && [[ -z ${TENCRYPT:-} ]]; then
-  note "Building (cargo build --release) ..."
-  build
-  TENCRYPT=$(cd "$repo" && readlink -f "${CARGO_TARGET_DIR:-target}/release/tencrypt")
-fi
-((!with_tencrypt)) || [[ -x $TENCRYPT ]] || fail "no program at '$TENCRYPT'"
-if ((EUID != 0)); then
-  command -v sudo >/dev/null || fail "needs root, for network namespaces"
-  exec sudo env ${TENCRYPT:+"TENCRYPT=$TENCRYPT"} ${WIREGUARD_GO:+"WIREGUARD_GO=$WIREGUARD_GO"} \
-    "${BASH_SOURCE[0]}" "${arguments[@]}"
-fi
-export TENCRYPT=${TENCRYPT:-} TENC_LAB=bench-$$
+((!with_tencrypt)) || find_tencrypt
+become_root "${BASH_SOURCE[0]}" "${arguments[@]}"
+begin
 
-PYTHON=/usr/bin/python3
-[[ -x $PYTHON ]] || PYTHON=python3
-work=$(mktemp -d)
-began=$SECONDS
-pids=()
-
-lab() { "$lab_sh" "$@" 2>>"$work/log"; }
-in_pod() { local pod=$1; shift; lab exec "$pod" -- "$@"; }
 probe() { local pod=$1; shift; in_pod "$pod" "$PYTHON" -I "$here/probe.py" "$@"; }
 
-# background POD CMD...: a server in a pod; the program takes the place of the shell that is its job.
-background() {
-  local pod=$1
-  shift
-  "$lab_sh" exec "$pod" -- "$@" </dev/null >>"$work/log" 2>&1 &
-  pids+=($!)
-}
-
-cleanup() {
-  local status=$? pid
-  trap - EXIT
-  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-  wait "${pids[@]}" 2>/dev/null || true
-  "$lab_sh" down >/dev/null 2>&1 || true
+at_end() {
   rm -f "$WG_SOCKETS/"wg[cs]$$.sock
   rmdir "$WG_SOCKETS" 2>/dev/null || true
-  if ((status > 1)) && [[ -s $work/log ]]; then
-    note "Log of the lab:"
-    tail -n 40 "$work/log" | sed 's/^/  /' >&2
-  fi
-  rm -rf "$work"
-  exit "$status"
 }
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 # shellcheck source-path=SCRIPTDIR
 for part in setup stream report; do

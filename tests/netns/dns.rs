@@ -100,3 +100,13 @@ pub fn answers(answer: &[u8]) -> u16 {
 pub fn truncated(answer: &[u8]) -> bool {
     answer[2] & 2 != 0
 }
+
+/// An answer to a question of [`bytes`]: one A record.
+pub fn answer(question: &[u8], address: [u8; 4]) -> Vec<u8> {
+    let end = 12 + question[12..].iter().position(|byte| *byte == 0).expect("the end of the name") + 5;
+    let mut out = question[..end].to_vec();
+    out[2..12].copy_from_slice(&[0x85, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+    out.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4]);
+    out.extend(address);
+    out
+}

@@ -149,9 +149,8 @@ fn packet_fragment(lab: &Lab, pod: &Pod) {
         let mut packet = packets::udp(pod.v4.into(), to, TUNNEL_PORT, TUNNEL_PORT, CANARY);
         packet[6..8].copy_from_slice(&64u16.to_be_bytes());
         packet[10..12].fill(0);
-        let sum: u32 = packet[..20].chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c[1]]))).sum();
-        let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).expect("a small header");
-        packet[10..12].copy_from_slice(&(!folded).to_be_bytes());
+        let sum = packets::header_checksum(&packet[..20]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
         let _ = pod.send_frame(&packets::frame(pod.mac(), [0xff; 6], &packet));
     }
 }

@@ -184,7 +184,7 @@ fn protected_already(lab: &Lab) {
 }
 
 /// Bytes that follow from a number, alike in every run.
-fn bytes(seed: u64, length: usize) -> Vec<u8> {
+pub fn bytes(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;

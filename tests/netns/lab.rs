@@ -388,13 +388,14 @@ impl Lab {
 
     /// The launcher of a pod that `lab.sh protect` started, and its children, launcher first.
     pub fn agent_pids(&self, pod: &str) -> Vec<Pid> {
-        let recorded = fs::read_to_string(self.run_dir().join("pids").join(format!("launch-{pod}")));
-        let Some(launcher) =
-            recorded.ok().and_then(|text| text.split_whitespace().next()?.parse::<i32>().ok())
-        else {
-            return Vec::new();
-        };
-        [launcher].into_iter().chain(children(launcher)).map(Pid::from_raw).collect()
+        let Some(launcher) = self.recorded_pid(&format!("launch-{pod}")) else { return Vec::new() };
+        [launcher.as_raw()].into_iter().chain(children(launcher.as_raw())).map(Pid::from_raw).collect()
+    }
+
+    /// A program that lab.sh started, by the name it recorded it under.
+    pub fn recorded_pid(&self, name: &str) -> Option<Pid> {
+        let recorded = fs::read_to_string(self.run_dir().join("pids").join(name)).ok()?;
+        recorded.split_whitespace().next()?.parse().ok().map(Pid::from_raw)
     }
 
     /// The end of every log of the agents, for a failed test's report.

@@ -15,6 +15,8 @@
 )]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
+mod attackers;
+mod bridge;
 mod crash;
 mod directory;
 mod dns;
@@ -29,6 +31,7 @@ mod names;
 mod packets;
 mod pod;
 mod reach;
+mod replays;
 mod services;
 mod snapshot;
 mod status;
@@ -125,6 +128,9 @@ fn main() -> std::process::ExitCode {
         reach::CASES,
         names::CASES,
         hostile::CASES,
+        attackers::CASES,
+        replays::CASES,
+        bridge::CASES,
         ladder::CASES,
         lifecycle::CASES,
         crash::CASES,

@@ -216,6 +216,11 @@ impl Sniffer {
         frames
     }
 
+    /// Writes a frame to the device; this sniffer does not hear it.
+    pub fn send(&self, frame: &[u8]) {
+        sk::send(self.fd.as_raw_fd(), frame, sk::MsgFlags::empty()).expect("send a frame");
+    }
+
     /// Waits for a frame that `pick` turns into something.
     pub fn wait<T>(&self, limit: Duration, mut pick: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
         let end = Instant::now() + limit;

@@ -1,5 +1,6 @@
 //! What `tencrypt status` says is so: counters, agents that were replaced, pods that nobody protects.
 
+use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,13 @@ fn protected(lab: &Lab, pod: &str) -> Value {
     let (json, code) = document(lab, pod);
     assert_eq!((&json["state"], code), (&"protected".into(), 0), "{pod}: {json:#}");
     json
+}
+
+/// Packets that the agent of a protected pod dropped, by reason.
+pub fn drops(lab: &Lab, pod: &str) -> BTreeMap<String, u64> {
+    let json = protected(lab, pod);
+    let drops = json["counters"]["drops"].as_object().expect("an agent's counters");
+    drops.iter().map(|(reason, n)| (reason.clone(), n.as_u64().expect("a count"))).collect()
 }
 
 fn count(json: &Value, name: &str) -> u64 {
