@@ -254,6 +254,9 @@ fn frames_and_fragments(lab: &Lab, guarded: &Guarded<'_>, ours: &[UdpSocket; 2],
         (Reason::Egress, from.ip(), to.ip(), 17, Some((7_007, to.port())), 1)
     });
     assert_eq!(guarded.fresh(&before), frames.collect::<Vec<_>>());
+    for to in theirs {
+        assert_eq!(to.recv(&mut [0; 2048]).expect("the frame passes"), CANARY.len());
+    }
     assert_eq!(at_egress(), 2);
 
     // One datagram leaves the stack whole and the device in pieces; the answer comes in pieces, of which the first shows ports.

@@ -15,6 +15,7 @@
 )]
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
+mod audit;
 mod crash;
 mod dns;
 mod escape;
@@ -124,6 +125,7 @@ fn main() -> std::process::ExitCode {
         names::CASES,
         hostile::CASES,
         ladder::CASES,
+        audit::CASES,
         lifecycle::CASES,
         crash::CASES,
         watch::CASES,

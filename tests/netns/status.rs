@@ -33,7 +33,7 @@ fn name(lab: &Lab, pod: &str) -> String {
 }
 
 /// The document of a pod, and the exit code it came with.
-fn document(lab: &Lab, pod: &str) -> (Value, i32) {
+pub fn document(lab: &Lab, pod: &str) -> (Value, i32) {
     let ran = status(&[&name(lab, pod), "-o", "json"]);
     let json = serde_json::from_str(&ran.out);
     (

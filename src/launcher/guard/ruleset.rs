@@ -94,7 +94,7 @@ impl Reason {
     }
 
     /// What [`Self::refuse`] refers to: counters, sets, and the chain that notes the flow and accepts. `note` is a rule in
-    /// front of it. A later fragment shows no ports, so it is noted without, as is everything while the set is full.
+    /// front of it. A later fragment is noted without ports, as is everything while the set is full.
     fn declared(self, note: &str) -> String {
         let (name, dropped) = (self.name(), self.as_str());
         let size = match self {
@@ -118,6 +118,9 @@ impl Reason {
             text,
             "
     chain record_{name} {{{note}
+        # A later fragment shows no ports, though nft would read some.
+        ip frag-off & 0x1fff != 0 update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
+        frag frag-off != 0 update @would_drop_{name}6_portless {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
         meta l4proto {WITH_PORTS} update @would_drop_{name}4 {{ ip saddr . ip daddr . meta l4proto . th sport . th dport }} accept
         meta l4proto {WITH_PORTS} update @would_drop_{name}6 {{ ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }} accept
         update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
