@@ -182,8 +182,8 @@ impl Flow {
             }
             Kind::Tcp => {
                 let listener = to.listen(target);
+                let done = AtomicBool::new(false);
                 thread::scope(|scope| {
-                    let done = AtomicBool::new(false);
                     scope.spawn(|| {
                         listener.set_nonblocking(true).expect("a listener");
                         let end = Instant::now() + 2 * ARRIVAL;
