@@ -537,8 +537,9 @@ impl Driver {
             }
             ToAgent::Report => {
                 let sockets = self.kernel.sockets.iter().map(|(_, socket)| socket);
-                let report = report::make(&self.engine, self.generation, sockets, &self.tampering);
-                self.session.tell(&FromAgent::Report(Box::new(report)), &[]);
+                for message in report::make(&self.engine, self.generation, sockets, &self.tampering, now) {
+                    self.session.tell(&message, &[]);
+                }
             }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,

@@ -1,51 +1,108 @@
 //! What the agent says when it is asked how it is: the engine's counters, and on top of them what only the kernel counts.
 //!
 //! A packet that the kernel had no room for never reached the engine: `tenc0` counts those of the pod, the tunnel's sockets
-//! those of the peers. Both are read when somebody asks. May touch: one rtnetlink socket, read-only.
+//! those of the peers. Flows that stay in clear have a rule each, and the engine does not know them. All are read when
+//! somebody asks. May touch: one rtnetlink socket, read-only.
+//!
+//! The packet thread does this: it walks the flow table once and names the latest flows only.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use tracing::debug;
 
-use super::control::{PeerReport, REPORTED_PEERS_MAX, Report};
+use super::control::{
+    FlowReport, FlowState, FromAgent, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX,
+    Report, Rung,
+};
 use super::netlink::Netlink;
 use super::tun;
 use super::udp::TunnelSocket;
 use super::watch::TamperCounts;
-use crate::proto::Engine;
+use crate::proto::ladder::Standing;
+use crate::proto::nat::Tuple;
+use crate::proto::{Engine, FlowView, Now};
 
 /// Packets of the pod that `tenc0` had no room for.
 const QUEUE_OVERFLOW: &str = "queue_overflow";
 /// Datagrams, or trains of them, that a tunnel socket had no room for.
 const RECEIVE_OVERFLOW: &str = "receive_overflow";
 
-/// The agent at this moment.
+/// The agent at this moment, as the messages of one answer.
 pub(super) fn make<'a>(
     engine: &Engine,
     generation: Option<u64>,
     sockets: impl Iterator<Item = &'a TunnelSocket>,
     tampering: &TamperCounts,
-) -> Report {
+    now: Now,
+) -> Vec<FromAgent> {
     let counters = engine.counters();
     let mut drops: Vec<_> = counters.drops().map(|(reason, n)| (reason.as_str().to_owned(), n)).collect();
     let of_kernel = [(QUEUE_OVERFLOW, queue_overflow()), (RECEIVE_OVERFLOW, receive_overflow(sockets))];
     drops.extend(of_kernel.into_iter().filter(|(_, n)| *n > 0).map(|(word, n)| (word.to_owned(), n)));
     let peers = engine.peers();
-    Report {
+    let ladder = engine.rungs();
+    let standings: BTreeMap<_, _> = engine.ladder().collect();
+    let vips: Vec<_> = engine.ladder().filter_map(vip).collect();
+    let clear = if ladder.is_some() { clear() } else { Vec::new() };
+    let report = Report {
         generation,
         sealed: counters.sealed,
         opened: counters.opened,
         dns_forwarded: counters.dns_forwarded + counters.dns_connections,
+        unpinned: counters.unpinned,
         drops,
         flows: engine.flow_count() as u64,
+        clear: clear.len() as u64,
         peers_total: peers.len() as u64,
         peers_established: peers.iter().filter(|(_, established)| *established).count() as u64,
         peers: peers
             .into_iter()
             .take(REPORTED_PEERS_MAX)
-            .map(|(address, established)| PeerReport { address, established })
+            .map(|(address, established)| {
+                let rung = ladder.zip(standings.get(&address)).and_then(|(ladder, standing)| {
+                    let (captured, lasts) = (ladder.captures(&address), ladder.lasts(address, now)?);
+                    Some(Rung { standing: *standing, captured, since_s: lasts.as_secs() })
+                });
+                PeerReport { address, established, rung }
+            })
             .collect(),
+        vips_total: vips.len() as u64,
+        vips: vips.into_iter().take(REPORTED_VIPS_MAX).collect(),
         tampering: tampering.counts.iter().map(|(kind, (n, _))| (kind.as_str().to_owned(), *n)).collect(),
         standing: tampering.standing.iter().map(|kind| kind.as_str().to_owned()).collect(),
+    };
+    let in_table = engine.latest_flows(REPORTED_FLOWS_MAX, now).into_iter().map(flow).collect();
+    let in_clear = clear.into_iter().take(REPORTED_FLOWS_MAX).map(clear_flow).collect();
+    vec![FromAgent::Flows(in_table), FromAgent::Flows(in_clear), FromAgent::Report(Box::new(report))]
+}
+
+fn vip((address, standing): (IpAddr, Standing)) -> Option<(IpAddr, bool)> {
+    match standing {
+        Standing::Captured => Some((address, true)),
+        Standing::Passed => Some((address, false)),
+        Standing::Able | Standing::Unable | Standing::Probing => None,
     }
+}
+
+fn flow(view: FlowView) -> FlowReport {
+    let FlowView { tuple, peer, blocked, idle } = view;
+    let state = if blocked { FlowState::Blocked } else { FlowState::Protected };
+    FlowReport { tuple, peer: Some(peer), state, idle_s: Some(idle.as_secs()) }
+}
+
+fn clear_flow(tuple: Tuple) -> FlowReport {
+    FlowReport { tuple, peer: None, state: FlowState::Clear, idle_s: None }
+}
+
+/// Flows that keep their path past `tenc0`.
+fn clear() -> Vec<Tuple> {
+    let read = Netlink::open().and_then(|mut netlink| netlink.pins());
+    let pins = read.unwrap_or_else(|error| {
+        debug!(%error, "cannot read the rules of flows that stay in clear");
+        Vec::new()
+    });
+    pins.into_iter().filter(|(_, sealed)| !sealed).map(|(tuple, _)| tuple).collect()
 }
 
 fn queue_overflow() -> u64 {

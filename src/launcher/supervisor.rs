@@ -266,7 +266,8 @@ impl<'a> Supervisor<'a> {
             FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
             FromAgent::GuardLost => self.load_guard(),
             FromAgent::LinkGone => self.link_gone = true,
-            FromAgent::Report(report) => self.status.heard(&report),
+            FromAgent::Flows(flows) => self.status.heard_flows(flows),
+            FromAgent::Report(report) => self.status.heard(*report),
             FromAgent::Hello { .. }
             | FromAgent::Pong
             | FromAgent::TunReplaced

@@ -35,6 +35,7 @@ const PACE: Duration = Duration::from_millis(5);
 
 /// How strictly the project's traffic is kept to the tunnel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Everything of the project is sealed or dropped.
     #[default]
@@ -55,7 +56,8 @@ pub enum Probe {
 }
 
 /// How a peer or a VIP stands, for status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Standing {
     /// A peer that completed a handshake: captured.
     Able,
@@ -72,10 +74,23 @@ pub enum Standing {
 #[derive(Debug)]
 struct Peer {
     able: bool,
+    /// Since when it is, or is not.
+    since: Instant,
     /// Handshakes of the running probe so far.
     tries: u8,
     /// When the next one is due.
     due: Option<Instant>,
+}
+
+impl Peer {
+    /// Whether that is news.
+    fn set_able(&mut self, able: bool, now: Now) -> bool {
+        let news = self.able != able;
+        if news {
+            (self.able, self.since) = (able, now.instant);
+        }
+        news
+    }
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +140,7 @@ impl Ladder {
         if self.peers.contains_key(&address) {
             return;
         }
-        self.peers.insert(address, Peer { able: false, tries: 0, due: None });
+        self.peers.insert(address, Peer { able: false, since: now.instant, tries: 0, due: None });
         let start = self.next_start.map_or(now.instant, |at| at.max(now.instant));
         self.next_start = Some(start + PACE);
         self.schedule(address, Some(start));
@@ -157,17 +172,16 @@ impl Ladder {
     pub fn handle_able(&mut self, address: IpAddr, now: Now) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
         peer.tries = 0;
-        let news = !std::mem::replace(&mut peer.able, true);
+        let news = peer.set_able(true, now);
         self.schedule(address, Some(now.instant + PROBE_INTERVAL));
-        if news {
-            self.stale = true;
-        }
+        self.stale |= news;
     }
 
     /// The peer did not answer a handshake.
     pub fn handle_silent(&mut self, address: IpAddr, now: Now) {
         let Some(peer) = self.peers.get_mut(&address).filter(|peer| peer.able) else { return };
-        (peer.able, peer.tries) = (false, 0);
+        peer.tries = 0;
+        peer.set_able(false, now);
         self.schedule(address, Some(now.instant + PROBE_INTERVAL));
         self.stale = true;
     }
@@ -188,12 +202,10 @@ impl Ladder {
                 continue;
             }
             peer.tries = 0;
-            let news = std::mem::take(&mut peer.able);
+            let news = peer.set_able(false, now);
             self.probes.push_back(Probe::Forget(address));
             self.schedule(address, Some(now.instant + PROBE_INTERVAL));
-            if news {
-                self.stale = true;
-            }
+            self.stale |= news;
         }
     }
 
@@ -276,9 +288,20 @@ impl Ladder {
             };
             (*address, standing)
         });
-        let captured = |vip| self.decided.get(vip).is_some_and(|captured| *captured);
-        let standing = move |vip| if captured(vip) { Standing::Captured } else { Standing::Passed };
+        let standing = |vip| if self.captures(vip) { Standing::Captured } else { Standing::Passed };
         peers.chain(self.vips.keys().map(move |vip| (*vip, standing(vip))))
+    }
+
+    /// Whether the address is captured: an able peer is not while a VIP that it stands behind is passed.
+    #[must_use]
+    pub fn captures(&self, address: &IpAddr) -> bool {
+        self.decided.get(address).is_some_and(|captured| *captured)
+    }
+
+    /// How long a peer has been able, or has not been.
+    #[must_use]
+    pub fn lasts(&self, address: IpAddr, now: Now) -> Option<Duration> {
+        Some(now.instant.saturating_duration_since(self.peers.get(&address)?.since))
     }
 }
 

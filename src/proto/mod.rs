@@ -331,6 +331,12 @@ impl Engine {
         self.older_flows.extend(addresses);
     }
 
+    /// The ladder's state; none in strict mode, where everything is captured.
+    #[must_use]
+    pub fn rungs(&self) -> Option<&Ladder> {
+        self.ladder.as_ref()
+    }
+
     /// How every peer and VIP stands on the ladder; nothing in strict mode, where all are captured.
     pub fn ladder(&self) -> impl Iterator<Item = (IpAddr, Standing)> + '_ {
         self.ladder.iter().flat_map(Ladder::standings)
@@ -513,6 +519,16 @@ impl Engine {
         self.flows.len()
     }
 
+    /// At most `most` flows, those with the latest packets first.
+    #[must_use]
+    pub fn latest_flows(&self, most: usize, now: Now) -> Vec<FlowView> {
+        let view = |(flow, idle): (&nat::Flow, Duration)| {
+            let blocked = !self.own.contains(&flow.peer) && self.peers.blocks(flow.peer, flow.is_replied());
+            FlowView { tuple: flow.tuple, peer: flow.peer, blocked, idle }
+        };
+        self.flows.latest(most, now).into_iter().map(view).collect()
+    }
+
     fn count_answer(&mut self, taken: Result<(), DropReason>) {
         self.counters.answers += 1;
         if let Err(reason) = taken {
@@ -523,6 +539,19 @@ impl Engine {
     fn answer_with(&mut self, error: IcmpError, quoted: &[u8]) {
         push_icmp(&mut self.owned, &mut self.counters, error, quoted);
     }
+}
+
+/// A flow, for status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowView {
+    /// As the pod's stack sees it.
+    pub tuple: nat::Tuple,
+    /// The workload on the other side.
+    pub peer: IpAddr,
+    /// Its packets cannot be sealed: nobody answers.
+    pub blocked: bool,
+    /// Time since its last packet.
+    pub idle: Duration,
 }
 
 /// Most crafted packets waiting for the pod; a flood of errors is cut off there.

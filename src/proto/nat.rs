@@ -153,7 +153,7 @@ impl Flow {
     }
 
     /// Whether packets were seen in both directions.
-    fn is_replied(&self) -> bool {
+    pub(super) fn is_replied(&self) -> bool {
         // Both sides of a hairpin are the pod: its packets only ever come from there.
         matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. })
             || self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
@@ -276,6 +276,20 @@ impl Flows {
             let flow = flow.as_ref()?;
             Some((slot, flow.record(), idle(flow)))
         })
+    }
+
+    /// At most `most` flows, those with the latest packets first, and the time since those.
+    #[must_use]
+    pub fn latest(&self, most: usize, now: Now) -> Vec<(&Flow, Duration)> {
+        let idle = |flow: &Flow| now.instant.saturating_duration_since(flow.last_seen);
+        let mut flows: Vec<_> = self.slots.iter().flatten().map(|flow| (flow, idle(flow))).collect();
+        let order = |(flow, idle): &(&Flow, Duration)| (*idle, flow.tuple);
+        if let Some(last) = most.checked_sub(1).filter(|last| *last < flows.len()) {
+            flows.select_nth_unstable_by_key(last, order);
+        }
+        flows.truncate(most);
+        flows.sort_unstable_by_key(order);
+        flows
     }
 
     /// Puts flows of a former agent back into the slots they had, last seen at the times given. What cannot be, and what

@@ -304,6 +304,13 @@ impl Peers {
         self.by_address.iter().map(|(address, id)| (*address, self.transport.has_session(*id)))
     }
 
+    /// Whether packets to a peer wait in vain: there is no session with it, and either some wait, or it never answered
+    /// (`replied`). One that was idle for long has no session either.
+    pub(super) fn blocks(&self, address: IpAddr, replied: bool) -> bool {
+        let Some(id) = self.by_address.get(&address) else { return true };
+        !self.transport.has_session(*id) && (!replied || self.waiting.contains_key(id))
+    }
+
     /// The address that `id` owns.
     #[must_use]
     pub fn address(&self, id: PeerId) -> Option<IpAddr> {

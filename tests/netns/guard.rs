@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tencrypt::agent::netlink::MARK;
-use tencrypt::launcher::guard::{self, Gate, Loaded, Skeleton, WouldDrop};
+use tencrypt::launcher::guard::{self, Gate, Loaded, Reason, Skeleton, WouldDrop};
 use tencrypt::proto::ladder::Mode;
 
 use crate::Case;
@@ -127,8 +127,14 @@ impl<'l> Guarded<'l> {
         counters.into_iter().filter(|(_, c)| c.packets > 0).map(|(name, c)| (name, c.packets)).collect()
     }
 
-    fn records(&self) -> Vec<WouldDrop> {
-        guard::would_drops(&self.netns).expect("records")
+    fn records(&self) -> Vec<Row> {
+        let row = |r: WouldDrop| (r.reason, r.source, r.destination, r.protocol, r.ports, r.packets);
+        guard::would_drops(&self.netns).expect("records").into_iter().map(row).collect()
+    }
+
+    /// The records that were not there before.
+    fn fresh(&self, before: &[Row]) -> Vec<Row> {
+        self.records().into_iter().filter(|row| !before.contains(row)).collect()
     }
 }
 
@@ -152,9 +158,12 @@ fn arrived(from: &UdpSocket, to: &UdpSocket, n: usize) -> usize {
     (0..n).take_while(|_| to.recv(&mut [0; 2048]).is_ok()).count()
 }
 
-fn flow(from: &UdpSocket, to: &UdpSocket) -> WouldDrop {
+/// A record: reason, source, destination, protocol, ports, packets.
+type Row = (Reason, IpAddr, IpAddr, u8, Option<(u16, u16)>, u64);
+
+fn flow(reason: Reason, from: &UdpSocket, to: &UdpSocket, packets: u64) -> Row {
     let (from, to) = (from.local_addr().expect("an address"), to.local_addr().expect("an address"));
-    WouldDrop { source: from.ip(), destination: to.ip(), protocol: 17, ports: Some((from.port(), to.port())) }
+    (reason, from.ip(), to.ip(), 17, Some((from.port(), to.port())), packets)
 }
 
 fn modes(lab: &Lab) {
@@ -181,18 +190,18 @@ fn modes(lab: &Lab) {
     assert_eq!((counted("outbound_postrouting"), counted("inbound")), (6, 4));
     assert_eq!(guarded.records(), []);
 
-    let mut expected = Vec::new();
     for (n, mode) in [Mode::Audit, Mode::Permissive].into_iter().enumerate() {
         let n = u64::try_from(n).expect("small") + 1;
         guarded.load(mode, Gate::Open);
+        let mut expected = Vec::new();
         for (from, to) in ours.iter().zip(&theirs) {
             assert_eq!((arrived(from, to, 3), arrived(to, from, 2)), (3, 2), "{mode:?}");
-            expected.extend([flow(from, to), flow(to, from)]);
+            expected.push(flow(Reason::Outbound, from, to, 3 * n));
+            expected.push(flow(Reason::Inbound, to, from, 2 * n));
         }
         stranger_is_reached();
         expected.sort_unstable();
-        expected.dedup();
-        assert_eq!(guarded.records(), expected, "{mode:?}: each flow once, and no other");
+        assert_eq!(guarded.records(), expected, "{mode:?}: each flow and packet once, and no other");
         assert_eq!((counted("would_drop_outbound"), counted("would_drop_inbound")), (6 * n, 4 * n));
         assert_eq!((counted("outbound_postrouting"), counted("inbound")), (6, 4), "counters survive");
     }
@@ -200,14 +209,17 @@ fn modes(lab: &Lab) {
     // Without ports: an echo request out, its reply in.
     let ping = format!("ping -c 2 -i 0.2 -W 1 {}", peer.v4);
     assert_eq!(lab.exec("shop-client", &ping, Duration::from_secs(5)).code, 0);
-    let portless = guarded.records().into_iter().filter(|record| record.ports.is_none());
-    let portless: Vec<_> = portless.map(|r| (r.source, r.destination, r.protocol)).collect();
+    let portless: Vec<_> = guarded.records().into_iter().filter(|row| row.4.is_none()).collect();
     let (own, peers) = (IpAddr::from(guarded.pod.v4), IpAddr::from(peer.v4));
-    assert_eq!(portless, [(own, peers, 1), (peers, own, 1)]);
+    let echo = [(Reason::Outbound, own, peers, 1, None, 2), (Reason::Inbound, peers, own, 1, None, 2)];
+    assert_eq!(portless, echo);
     // A query of the pod's own to the resolver.
     let query = guarded.pod.udp((guarded.pod.v4, 0));
     query.send_to(CANARY, (RESOLVER, 53)).expect("permissive lets it pass");
     assert_eq!((counted("would_drop_dns"), counted("dns_escaped")), (1, 0));
+    let port = query.local_addr().expect("an address").port();
+    assert!(guarded.records().contains(&(Reason::Dns, own, RESOLVER.into(), 17, Some((port, 53)), 1)));
+    frames_and_fragments(lab, &guarded, &ours, &theirs);
 
     guarded.load(Mode::Strict, Gate::Open);
     assert_eq!(guard::listing(&guarded.netns).expect("a listing"), listing);
@@ -216,6 +228,55 @@ fn modes(lab: &Lab) {
     }
     assert!(query.send_to(CANARY, (RESOLVER, 53)).is_err());
     assert_eq!(counted("dns_escaped"), 1);
+    let before = guarded.records();
+    send_frames(&guarded, &ours, &theirs);
+    assert_eq!(counted("outbound_egress"), 2, "strict drops them where they were recorded");
+    assert_eq!(guarded.fresh(&before), []);
+}
+
+/// A frame of a packet socket from each of ours to each of theirs.
+fn send_frames(guarded: &Guarded<'_>, ours: &[UdpSocket; 2], theirs: &[UdpSocket; 2]) {
+    for (from, to) in ours.iter().zip(theirs) {
+        let (from, to) = (from.local_addr().expect("an address"), to.local_addr().expect("an address"));
+        let packet = packets::udp(from.ip(), to.ip(), 7_007, to.port(), CANARY);
+        let _ = guarded.pod.send_frame(&packets::frame(guarded.pod.mac(), [0xff; 6], &packet));
+    }
+}
+
+/// Below strict mode: what meets the device only is recorded there, and what was recorded before is not recorded again.
+fn frames_and_fragments(lab: &Lab, guarded: &Guarded<'_>, ours: &[UdpSocket; 2], theirs: &[UdpSocket; 2]) {
+    let at_egress = || lab.guard_counters(&guarded.pod.name)["netdev would_drop_egress"];
+    assert_eq!(at_egress(), 0, "a packet of the stack is recorded once");
+    let before = guarded.records();
+    send_frames(guarded, ours, theirs);
+    let frames = ours.iter().zip(theirs).map(|(from, to)| {
+        let (from, to) = (from.local_addr().expect("an address"), to.local_addr().expect("an address"));
+        (Reason::Egress, from.ip(), to.ip(), 17, Some((7_007, to.port())), 1)
+    });
+    assert_eq!(guarded.fresh(&before), frames.collect::<Vec<_>>());
+    for to in theirs {
+        assert_eq!(to.recv(&mut [0; 2048]).expect("the frame passes"), CANARY.len());
+    }
+    assert_eq!(at_egress(), 2);
+
+    // One datagram leaves the stack whole and the device in pieces; the answer comes in pieces, of which the first shows ports.
+    let before = guarded.records();
+    let mut pieces = Vec::new();
+    for (from, to) in ours.iter().zip(theirs) {
+        let (our, their) = (from.local_addr().expect("an address"), to.local_addr().expect("an address"));
+        for (from, to) in [(from, to), (to, from)] {
+            from.send_to(&[7; 4_000], to.local_addr().expect("an address")).expect("send");
+            to.set_read_timeout(Some(Duration::from_secs(2))).expect("time-out");
+            assert_eq!(to.recv(&mut [0; 5_000]).expect("a whole datagram"), 4_000);
+        }
+        // Six and four came before.
+        pieces.push((Reason::Outbound, our.ip(), their.ip(), 17, Some((our.port(), their.port())), 7));
+        pieces.push((Reason::Inbound, their.ip(), our.ip(), 17, Some((their.port(), our.port())), 5));
+        pieces.push((Reason::Inbound, their.ip(), our.ip(), 17, None, 2));
+    }
+    pieces.sort_unstable();
+    assert_eq!(guarded.fresh(&before), pieces);
+    assert_eq!(at_egress(), 2);
 }
 
 fn gate(lab: &Lab) {

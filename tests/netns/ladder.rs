@@ -35,7 +35,7 @@ fn connect(lab: &Lab, to: SocketAddr) -> TcpStream {
 }
 
 /// Asks and reads an answer over a connection that stays open.
-fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
+pub fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
     let mut answer = [0; 4_096];
     match stream.read(&mut answer)? {
@@ -45,11 +45,11 @@ fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
 }
 
 /// Both addresses of a pod's web server.
-fn web(lab: &Lab, pod: &str) -> Vec<SocketAddr> {
+pub fn web(lab: &Lab, pod: &str) -> Vec<SocketAddr> {
     lab.pod(pod).addresses().into_iter().map(|address| SocketAddr::new(address, WEB)).collect()
 }
 
-fn launch(lab: &Lab, pod: &str, mode: &str) -> Launched {
+pub fn launch(lab: &Lab, pod: &str, mode: &str) -> Launched {
     let mut args = Launched::args(lab, pod, &lab.directory(PROJECT), &lab.key_file(PROJECT));
     args.extend(["--mode".to_owned(), mode.to_owned()]);
     let launched = Launched::start(lab, &args.iter().map(String::as_str).collect::<Vec<_>>());
@@ -140,7 +140,7 @@ fn sealed(lab: &Lab, to: &[SocketAddr]) -> bool {
     lab.leaks().leaked == 0
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(12);
     while !done() {
         assert!(Instant::now() < end, "not within 12 s: {what}");

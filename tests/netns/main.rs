@@ -16,6 +16,7 @@
 #![expect(unreachable_pub, reason = "every module here is part of one test program")]
 
 mod attackers;
+mod audit;
 mod bridge;
 mod crash;
 mod directory;
@@ -132,6 +133,7 @@ fn main() -> std::process::ExitCode {
         replays::CASES,
         bridge::CASES,
         ladder::CASES,
+        audit::CASES,
         lifecycle::CASES,
         crash::CASES,
         takeover::CASES,

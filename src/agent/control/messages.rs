@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zeroize::ZeroizeOnDrop;
 
-use super::{MESSAGE_MAX, Report};
+use super::{FlowReport, MESSAGE_MAX, REPORTED_FLOWS_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
 use crate::proto::noise::StaticSecret;
@@ -135,7 +135,7 @@ pub struct Init {
 
 /// Version of the messages. [`ToAgent::Hello`] and [`FromAgent::Hello`] are encoded alike in every version; a launcher
 /// that meets another version replaces the agent.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// From the launcher to the agent.
 #[derive(Debug, Serialize, Deserialize)]
@@ -169,7 +169,7 @@ pub enum ToAgent {
     GuardLoaded,
     /// Tear everything down, answer [`FromAgent::Stopped`], exit.
     Stop,
-    /// Answered with [`FromAgent::Report`].
+    /// Answered with [`FromAgent::Flows`] and [`FromAgent::Report`].
     Report,
 }
 
@@ -209,8 +209,10 @@ pub enum FromAgent {
     },
     /// Everything the agent made is gone.
     Stopped,
-    /// Counters, peers and flows, as asked for.
+    /// Counters and peers, as asked for: the last message of the answer.
     Report(Box<Report>),
+    /// Flows, as asked for: some messages before the report.
+    Flows(Vec<FlowReport>),
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.
@@ -307,6 +309,7 @@ impl Message for FromAgent {
             | Self::Pong
             | Self::LinkGone
             | Self::Report(_)
+            | Self::Flows(_)
             | Self::GuardLost
             | Self::Failed { .. }
             | Self::Stopped => 0,
@@ -326,6 +329,7 @@ impl Message for FromAgent {
                 Ok(())
             }
             Self::Report(report) => report.validate(),
+            Self::Flows(flows) if flows.len() > REPORTED_FLOWS_MAX => Err("count of flows"),
             _ => Ok(()),
         }
     }

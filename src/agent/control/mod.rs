@@ -39,7 +39,10 @@ pub use messages::{
     Carried, Executable, FromAgent, Init, Inject, Message, OwnAddress, Place, Seed, ToAgent, VERSION,
     VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
 };
-pub use report::{PeerReport, REPORTED_PEERS_MAX, Report};
+pub use report::{
+    FlowReport, FlowState, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX, Report,
+    Rung,
+};
 
 /// Largest encoded message, in bytes. Four fit the kernel's default socket buffer.
 pub const MESSAGE_MAX: usize = 64 * 1024;

@@ -30,7 +30,7 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
-pub use self::ruleset::ruleset;
+pub use self::ruleset::{Reason, ruleset};
 use crate::agent::guard::TABLE;
 use crate::proto::ladder::Mode;
 use crate::sys::exec::in_network_namespace;
@@ -119,6 +119,13 @@ pub enum Error {
     Device(String),
 }
 
+impl Error {
+    /// Whether the table is not there.
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Refused { stderr, .. } if stderr.contains("No such file or directory"))
+    }
+}
+
 /// How much of the skeleton the kernel took.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Loaded {
@@ -140,6 +147,8 @@ pub struct Count {
 /// A flow that strict mode would drop, as its packets look at the hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WouldDrop {
+    /// Why.
+    pub reason: Reason,
     /// Who sent.
     pub source: IpAddr,
     /// To whom.
@@ -148,6 +157,10 @@ pub struct WouldDrop {
     pub protocol: u8,
     /// Source and destination port, where the packet showed any: later fragments do not.
     pub ports: Option<(u16, u16)>,
+    /// Its packets.
+    pub packets: u64,
+    /// Since the last of them, in seconds.
+    pub idle_s: u64,
 }
 
 /// What nft says where the kernel, or nft itself, has no egress hook. Any other refusal is an error: the guard is never
@@ -212,26 +225,8 @@ pub fn counters(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
 /// # Errors
 /// See [`Error`].
 pub async fn counters_beside(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
-    let operation = "list the counters of";
-    for program in PROGRAMS {
-        let mut command = Command::new(program);
-        command.args(["-j", "list", "counters"]).env("LC_ALL", "C");
-        in_network_namespace(&mut command, netns.try_clone().map_err(Error::Run)?);
-        let mut command = tokio::process::Command::from(command);
-        match command.stdin(Stdio::null()).kill_on_drop(true).output().await {
-            Ok(output) if output.status.success() => {
-                return parse_counters(&String::from_utf8_lossy(&output.stdout))
-                    .map_err(|source| Error::Output { what: "counters", source });
-            }
-            Ok(output) => {
-                let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-                return Err(Error::Refused { operation, stderr });
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::Run(error)),
-        }
-    }
-    Err(Error::NoProgram)
+    let json = nft_beside(netns, "list the counters of", &["-j", "list", "counters"]).await?;
+    parse_counters(&json).map_err(|source| Error::Output { what: "counters", source })
 }
 
 /// What permissive and audit mode let pass in the last ten minutes though strict would not, sorted.
@@ -239,14 +234,26 @@ pub async fn counters_beside(netns: &OwnedFd) -> Result<BTreeMap<String, Count>,
 /// # Errors
 /// See [`Error`].
 pub fn would_drops(netns: &OwnedFd) -> Result<Vec<WouldDrop>, Error> {
-    let mut records = Vec::new();
-    // nft 1.0.6 finds one set per run.
-    for set in ruleset::RECORDS {
-        let json = nft(netns, "list the records of", &["-n", "-j", "list", "set", "inet", TABLE, set], "")?;
-        records.extend(parse_records(&json).map_err(|source| Error::Output { what: "records", source })?);
-    }
-    records.sort_unstable();
-    Ok(records)
+    let list = |family| nft(netns, RECORDS_OF, &records_of(family), "");
+    parse_records(list("inet"), list("netdev"))
+}
+
+/// As [`would_drops`], without holding up the thread: see [`counters_beside`].
+///
+/// # Errors
+/// See [`Error`].
+pub async fn would_drops_beside(netns: &OwnedFd) -> Result<Vec<WouldDrop>, Error> {
+    let (inet, netdev) = (records_of("inet"), records_of("netdev"));
+    let list = |args| nft_beside(netns, RECORDS_OF, args);
+    let (inet, netdev) = tokio::join!(list(&inet), list(&netdev));
+    parse_records(inet, netdev)
+}
+
+const RECORDS_OF: &str = "list the records of";
+
+/// nft 1.0.6 finds one set per run: the whole table is listed.
+fn records_of(family: &str) -> [&str; 6] {
+    ["-n", "-j", "list", "table", family, TABLE]
 }
 
 /// Both tables as nft prints them, without elements of sets and values of counters: equal as long as nobody changed them.
@@ -259,7 +266,7 @@ pub fn listing(netns: &OwnedFd) -> Result<String, Error> {
     for family in ["inet", "netdev"] {
         match nft(netns, "list", &["-s", "-t", "list", "table", family, TABLE], "") {
             Ok(table) => text += &table,
-            Err(Error::Refused { stderr, .. }) if stderr.contains("No such file or directory") => {}
+            Err(error) if error.is_missing() => {}
             Err(error) => return Err(error),
         }
     }
@@ -296,6 +303,27 @@ fn nft(netns: &OwnedFd, operation: &'static str, args: &[&str], input: &str) -> 
     Err(failure)
 }
 
+async fn nft_beside(netns: &OwnedFd, operation: &'static str, args: &[&str]) -> Result<String, Error> {
+    for program in PROGRAMS {
+        let mut command = Command::new(program);
+        command.args(args).env("LC_ALL", "C");
+        in_network_namespace(&mut command, netns.try_clone().map_err(Error::Run)?);
+        let mut command = tokio::process::Command::from(command);
+        match command.stdin(Stdio::null()).kill_on_drop(true).output().await {
+            Ok(output) if output.status.success() => {
+                return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+            }
+            Ok(output) => {
+                let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+                return Err(Error::Refused { operation, stderr });
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::Run(error)),
+        }
+    }
+    Err(Error::NoProgram)
+}
+
 fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Error> {
     #[derive(Deserialize)]
     struct Output {
@@ -323,19 +351,36 @@ fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Err
     Ok(counts)
 }
 
-fn parse_records(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
+/// The records of both tables; one without egress, or without the netdev family, has one table.
+fn parse_records(
+    inet: Result<String, Error>,
+    netdev: Result<String, Error>,
+) -> Result<Vec<WouldDrop>, Error> {
+    let read = |json: String| parse_table(&json).map_err(|source| Error::Output { what: "records", source });
+    let mut records = read(inet?)?;
+    match netdev {
+        Ok(json) => records.extend(read(json)?),
+        Err(Error::Refused { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    records.sort_unstable();
+    Ok(records)
+}
+
+fn parse_table(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
     #[derive(Deserialize)]
     struct Output {
         nftables: Vec<Object>,
     }
+    // Sets of other kinds have elements of other forms.
     #[derive(Deserialize)]
     struct Object {
         set: Option<Set>,
     }
     #[derive(Deserialize)]
     struct Set {
-        #[serde(default)]
-        elem: Vec<Element>,
+        name: String,
+        elem: Option<serde_json::Value>,
     }
     // Under `elem` stands an element with a time.
     #[derive(Deserialize)]
@@ -345,10 +390,16 @@ fn parse_records(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
     #[derive(Deserialize)]
     struct Timed {
         val: Value,
+        expires: u64,
+        counter: Counter,
     }
     #[derive(Deserialize)]
     struct Value {
         concat: Key,
+    }
+    #[derive(Deserialize)]
+    struct Counter {
+        packets: u64,
     }
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -357,16 +408,22 @@ fn parse_records(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
         Portless(IpAddr, IpAddr, u8),
     }
     let output: Output = serde_json::from_str(json)?;
-    let elements = output.nftables.into_iter().filter_map(|object| object.set).flat_map(|set| set.elem);
-    let record = |element: Element| match element.elem.val.concat {
-        Key::Ports(source, destination, protocol, from, to) => {
-            WouldDrop { source, destination, protocol, ports: Some((from, to)) }
+    let mut records = Vec::new();
+    for set in output.nftables.into_iter().filter_map(|object| object.set) {
+        let Some((reason, elements)) = Reason::of_set(&set.name).zip(set.elem) else { continue };
+        for Element { elem } in serde_json::from_value::<Vec<Element>>(elements)? {
+            let (source, destination, protocol, ports) = match elem.val.concat {
+                Key::Ports(source, destination, protocol, from, to) => {
+                    (source, destination, protocol, Some((from, to)))
+                }
+                Key::Portless(source, destination, protocol) => (source, destination, protocol, None),
+            };
+            let idle_s = ruleset::RECORDS_TIMEOUT_S.saturating_sub(elem.expires);
+            let packets = elem.counter.packets;
+            records.push(WouldDrop { reason, source, destination, protocol, ports, packets, idle_s });
         }
-        Key::Portless(source, destination, protocol) => {
-            WouldDrop { source, destination, protocol, ports: None }
-        }
-    };
-    Ok(elements.map(record).collect())
+    }
+    Ok(records)
 }
 
 #[cfg(test)]
@@ -403,25 +460,46 @@ mod tests {
     }
 
     #[test]
-    fn records_are_read_with_and_without_ports_and_unknown_forms_are_errors() {
-        let list = |elements: &str| {
+    fn records_are_read_from_both_tables_and_unknown_forms_are_errors() {
+        let list = |set: &str, elements: &str| {
             format!(
-                r#"{{"nftables":[{{"metainfo":{{"version":"1.0.6","json_schema_version":1}}}},{{"set":{{"family":"inet","name":"would_drop4","table":"tencrypt","handle":5,"flags":["timeout"],"timeout":600{elements}}}}}]}}"#
+                r#"{{"nftables":[{{"metainfo":{{"version":"1.0.6","json_schema_version":1}}}},{{"set":{{"family":"inet","name":"protected4","table":"tencrypt","handle":2,"elem":["10.0.0.2"]}}}},{{"set":{{"family":"inet","name":"{set}","table":"tencrypt","handle":5,"flags":["timeout"],"timeout":600{elements},"stmt":[{{"counter":null}}]}}}}]}}"#
             )
         };
-        assert_eq!(parse_records(&list("")).unwrap(), []);
-        let got = parse_records(&list(
-            r#","elem":[{"elem":{"val":{"concat":["10.0.0.1","10.0.0.2",17,36011,99]},"expires":599}},{"elem":{"val":{"concat":["fd00::1","fd00::2",58]},"expires":1}}]"#,
-        ));
-        let flow = |source: &str, destination: &str, protocol, ports| WouldDrop {
-            source: source.parse().unwrap(),
-            destination: destination.parse().unwrap(),
-            protocol,
-            ports,
+        let element = |key: &str, expires: u64, packets: u64| {
+            format!(
+                r#"{{"elem":{{"val":{{"concat":[{key}]}},"expires":{expires},"counter":{{"packets":{packets},"bytes":60}}}}}}"#
+            )
         };
-        let expected =
-            [flow("10.0.0.1", "10.0.0.2", 17, Some((36011, 99))), flow("fd00::1", "fd00::2", 58, None)];
-        assert_eq!(got.unwrap(), expected);
-        assert!(parse_records(&list(r#","elem":[{"elem":{"val":{"concat":["10.0.0.1"]}}}]"#)).is_err());
+        let elements = |elements: &[String]| format!(r#","elem":[{}]"#, elements.join(","));
+        assert_eq!(parse_table(&list("would_drop_inbound4", "")).unwrap(), []);
+        let udp = element(r#""10.0.0.1","10.0.0.2",17,36011,99"#, 599, 3);
+        let inet = list("would_drop_outbound4", &elements(&[udp]));
+        let icmp = element(r#""fd00::1","fd00::2",58"#, 20, 1);
+        let netdev = list("would_drop_egress6_portless", &elements(&[icmp]));
+        let outbound = WouldDrop {
+            reason: Reason::Outbound,
+            source: "10.0.0.1".parse().unwrap(),
+            destination: "10.0.0.2".parse().unwrap(),
+            protocol: 17,
+            ports: Some((36011, 99)),
+            packets: 3,
+            idle_s: 1,
+        };
+        let egress = WouldDrop {
+            reason: Reason::Egress,
+            source: "fd00::1".parse().unwrap(),
+            destination: "fd00::2".parse().unwrap(),
+            protocol: 58,
+            ports: None,
+            packets: 1,
+            idle_s: 580,
+        };
+        assert_eq!(parse_records(Ok(inet.clone()), Ok(netdev)).unwrap(), [outbound, egress]);
+        let refused = || Error::Refused { operation: RECORDS_OF, stderr: String::new() };
+        assert_eq!(parse_records(Ok(inet.clone()), Err(refused())).unwrap(), [outbound], "no egress hooks");
+        assert!(parse_records(Err(refused()), Ok(inet)).is_err());
+        let short = elements(&[element(r#""10.0.0.1""#, 1, 1)]);
+        assert!(parse_table(&list("would_drop_inbound4", &short)).is_err());
     }
 }

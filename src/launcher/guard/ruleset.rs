@@ -2,7 +2,10 @@
 //!
 //! 1. every mode and gate declares the same sets, counters and regular chains, so one replaces another in place
 //! 2. the hooks differ: closed, they refuse all but what the agent itself needs; open, they judge what is protected
-//! 3. what is refused ends in [`Refusal`]: dropped and counted, or in permissive and audit mode counted, recorded, accepted
+//! 3. what an open gate refuses ends in [`Reason::refuse`] and nowhere else: dropped and counted in strict mode, counted,
+//!    recorded and accepted below. So what permissive and audit mode record is what strict mode drops
+//! 4. a packet of the stack that was recorded is not judged a second time at the device's egress: it bears a bit of the mark
+//!    from the one hook to the other, and loses it there. Strict mode would have dropped it at the first
 //!
 //! Cost for a packet that is nobody's business: one set look-up at each hook, and two where its port is 53.
 //!
@@ -11,19 +14,21 @@
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use super::{Gate, Skeleton};
+use super::{DeviceName, Gate, Skeleton};
 use crate::agent::guard::{SET4, SET6, TABLE};
 use crate::agent::netlink::MARK;
 use crate::agent::tun;
 use crate::proto::ladder::Mode;
 
-/// Sets of what strict mode would drop: source, destination, protocol and, where the protocol has them, ports.
-pub(super) const RECORDS: [&str; 4] =
-    ["would_drop4", "would_drop6", "would_drop4_portless", "would_drop6_portless"];
+/// Flows that one set of records holds, and how long after their last packet. A set costs 16 bytes per flow that it may
+/// hold, in every mode: packet sockets and resolvers have few flows, and so have protocols without ports.
+const RECORDS_SIZE: u32 = 16_384;
+const FEW_RECORDS_SIZE: u32 = 2_048;
+pub(super) const RECORDS_TIMEOUT_S: u64 = 600;
 
-/// Flows that one set of records holds, and how long after their last packet.
-const RECORDS_SIZE: u32 = 65_535;
-const RECORDS_TIMEOUT: &str = "10m";
+/// A bit of the mark that no part of [`MARK`] is.
+const RECORDED: u32 = 0x0100_0000;
+const _: () = assert!(MARK & RECORDED == 0, "the agent's own datagrams bear no such bit");
 
 /// Protocols whose header begins with two ports.
 const WITH_PORTS: &str = "{ tcp, udp, sctp, dccp, udplite }";
@@ -31,19 +36,100 @@ const WITH_PORTS: &str = "{ tcp, udp, sctp, dccp, udplite }";
 /// Neighbour discovery, which routers do not forward.
 const NEIGHBOURS: &str = "icmpv6 type 133-137 ip6 hoplimit 255 accept";
 
-/// What becomes of a packet that strict mode does not let pass, at one hook.
-#[derive(Clone, Copy)]
-enum Refusal {
-    Drop,
-    Record,
+/// Why strict mode does not let a packet pass that leaves or enters by an open gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// It left the stack in clear, for a protected address.
+    Outbound,
+    /// It left a packet socket in clear, for a protected address.
+    Egress,
+    /// It came in clear, from a protected address.
+    Inbound,
+    /// It left for port 53 of a resolver, and was not the agent's.
+    Dns,
 }
 
-impl Refusal {
-    fn verdict(self, dropped: &str, recorded: &str) -> String {
+impl Reason {
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Outbound, Self::Egress, Self::Inbound, Self::Dns];
+
+    /// The word used in status and docs: the counter of what strict mode drops for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
         match self {
-            Self::Drop => format!("counter name {dropped} drop"),
-            Self::Record => format!("counter name {recorded} goto record"),
+            Self::Outbound => "outbound_postrouting",
+            Self::Egress => "outbound_egress",
+            Self::Inbound => "inbound",
+            Self::Dns => "dns_escaped",
         }
+    }
+
+    /// What its counter, its chain and its sets below strict mode are called, up to their beginnings and endings.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Egress => "egress",
+            Self::Inbound => "inbound",
+            Self::Dns => "dns",
+        }
+    }
+
+    /// The reason that a set of records stands for.
+    pub(super) fn of_set(set: &str) -> Option<Self> {
+        let name = set.strip_prefix("would_drop_")?.strip_suffix("_portless").unwrap_or(set);
+        let name = name.strip_prefix("would_drop_").unwrap_or(name);
+        Self::ALL
+            .into_iter()
+            .find(|reason| [4, 6].iter().any(|family| name == format!("{}{family}", reason.name())))
+    }
+
+    /// The one way to refuse a packet at an open gate: the end of a rule.
+    fn refuse(self, mode: Mode) -> String {
+        match mode {
+            Mode::Strict => format!("counter name {} drop", self.as_str()),
+            Mode::Permissive | Mode::Audit => {
+                format!("counter name would_drop_{0} goto record_{0}", self.name())
+            }
+        }
+    }
+
+    /// What [`Self::refuse`] refers to: counters, sets, and the chain that notes the flow and accepts. `note` is a rule in
+    /// front of it. A later fragment is noted without ports, as is everything while the set is full.
+    fn declared(self, note: &str) -> String {
+        let (name, dropped) = (self.name(), self.as_str());
+        let size = match self {
+            Self::Outbound | Self::Inbound => RECORDS_SIZE,
+            Self::Egress | Self::Dns => FEW_RECORDS_SIZE,
+        };
+        let mut text = format!("\n    counter {dropped} {{ }}\n    counter would_drop_{name} {{ }}");
+        for (suffix, ports, size) in
+            [("", " . inet_service . inet_service", size), ("_portless", "", FEW_RECORDS_SIZE)]
+        {
+            for (family, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+                write!(
+                    text,
+                    "\n    set would_drop_{name}{family}{suffix} {{ type {address} . {address} . inet_proto{ports}; \
+                     flags dynamic,timeout; size {size}; timeout {RECORDS_TIMEOUT_S}s; counter; }}"
+                )
+                .expect("a string");
+            }
+        }
+        write!(
+            text,
+            "
+    chain record_{name} {{{note}
+        # A later fragment shows no ports, though nft would read some.
+        ip frag-off & 0x1fff != 0 update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
+        frag frag-off != 0 update @would_drop_{name}6_portless {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
+        meta l4proto {WITH_PORTS} update @would_drop_{name}4 {{ ip saddr . ip daddr . meta l4proto . th sport . th dport }} accept
+        meta l4proto {WITH_PORTS} update @would_drop_{name}6 {{ ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }} accept
+        update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
+        update @would_drop_{name}6_portless {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
+        accept
+    }}"
+        )
+        .expect("a string");
+        text
     }
 }
 
@@ -53,20 +139,18 @@ impl Refusal {
 /// also for another mode or gate.
 #[must_use]
 pub fn ruleset(skeleton: &Skeleton, egress: bool) -> String {
-    let mut text = inet(skeleton);
-    if let Some(device) = skeleton.device.as_ref().filter(|_| egress) {
-        text += &netdev(skeleton, &device.to_string());
+    let device = skeleton.device.as_ref().filter(|_| egress).map(DeviceName::to_string);
+    let mut text = inet(skeleton, device.as_deref());
+    if let Some(device) = device {
+        text += &netdev(skeleton, &device);
     }
     text
 }
 
-fn inet(skeleton: &Skeleton) -> String {
-    let refusal = match skeleton.mode {
-        Mode::Strict => Refusal::Drop,
-        Mode::Permissive | Mode::Audit => Refusal::Record,
-    };
+/// `egress`: the device at whose egress there is a table too.
+fn inet(skeleton: &Skeleton, egress: Option<&str>) -> String {
     let tun = tun::NAME;
-    let refuse = refusal.verdict("inbound", "would_drop_inbound");
+    let refuse = Reason::Inbound.refuse(skeleton.mode);
     let (postrouting, prerouting) = match skeleton.gate {
         Gate::Open => (
             judge_outbound(),
@@ -74,16 +158,15 @@ fn inet(skeleton: &Skeleton) -> String {
         ),
         Gate::Closed => (goto("closed_outbound"), goto("closed_inbound")),
     };
+    let note = egress.map_or_else(String::new, |device| {
+        format!("\n        oifname \"{device}\" meta mark set meta mark or {RECORDED:#x}")
+    });
     format!(
         "add table inet {TABLE}
 flush table inet {TABLE}
-table inet {TABLE} {{{sets}{records}
-    counter outbound_postrouting {{ }}
-    counter inbound {{ }}
-    counter would_drop_outbound {{ }}
-    counter would_drop_inbound {{ }}
-    counter would_drop_dns {{ }}
-{record}{outbound}
+table inet {TABLE} {{{sets}
+    # Below strict: what strict mode would drop, once per packet.{records}
+{outbound}
 
     # Everything that comes from a protected address.
     chain inbound {{
@@ -109,34 +192,35 @@ table inet {TABLE} {{{sets}{records}
 }}
 ",
         sets = sets(),
-        records = records(),
-        record = record(),
-        outbound = outbound(
-            skeleton,
-            &refusal.verdict("outbound_postrouting", "would_drop_outbound"),
-            &refusal.verdict("dns_escaped", "would_drop_dns"),
-        ),
+        records =
+            Reason::Outbound.declared(&note) + &Reason::Inbound.declared("") + &Reason::Dns.declared(&note),
+        outbound = outbound(skeleton, Reason::Outbound),
         port = skeleton.tunnel_port,
         control = control(skeleton.tunnel_port),
         closed_inbound = closed_inbound(skeleton),
     )
 }
 
-/// The table at the device's egress: it sees frames of packet sockets too. What permissive and audit mode let pass was
-/// recorded before, once per packet.
+/// The table at the device's egress: it sees frames of packet sockets too.
 fn netdev(skeleton: &Skeleton, device: &str) -> String {
     let rules = match (skeleton.gate, skeleton.mode) {
         // Whatever is not ARP, tagged frames and unknown protocols included.
         (Gate::Closed, _) => format!("\n        meta protocol arp accept{}", goto("closed_outbound")),
         (Gate::Open, Mode::Strict) => judge_outbound(),
-        (Gate::Open, Mode::Permissive | Mode::Audit) => String::new(),
+        (Gate::Open, Mode::Permissive | Mode::Audit) => {
+            let kept = !RECORDED;
+            format!(
+                "\n        meta mark and {RECORDED:#x} != 0 meta mark set meta mark and {kept:#x} accept{}",
+                judge_outbound()
+            )
+        }
     };
     format!(
         "
 add table netdev {TABLE}
 flush table netdev {TABLE}
 table netdev {TABLE} {{{sets}
-    counter outbound_egress {{ }}
+    # Below strict: what strict mode would drop of packet sockets' frames.{records}
 {outbound}
 
     chain egress {{
@@ -145,7 +229,8 @@ table netdev {TABLE} {{{sets}
 }}
 ",
         sets = sets(),
-        outbound = outbound(skeleton, "counter name outbound_egress drop", "counter name dns_escaped drop"),
+        records = Reason::Egress.declared("") + &Reason::Dns.declared(""),
+        outbound = outbound(skeleton, Reason::Egress),
     )
 }
 
@@ -155,40 +240,7 @@ fn sets() -> String {
         "
     set {SET4} {{ type ipv4_addr; }}
     set {SET6} {{ type ipv6_addr; }}
-    counter dns_escaped {{ }}
     counter not_protected {{ }}"
-    )
-}
-
-/// The sets of records.
-fn records() -> String {
-    let ports = " . inet_service . inet_service";
-    let types = [("ipv4_addr", ports), ("ipv6_addr", ports), ("ipv4_addr", ""), ("ipv6_addr", "")];
-    RECORDS.iter().zip(types).fold(String::new(), |mut text, (name, (address, ports))| {
-        write!(
-            text,
-            "\n    set {name} {{ type {address} . {address} . inet_proto{ports}; flags dynamic,timeout; \
-             size {RECORDS_SIZE}; timeout {RECORDS_TIMEOUT}; }}"
-        )
-        .expect("a string");
-        text
-    })
-}
-
-/// Notes the flow and accepts. A later fragment shows no ports, so it is noted without, as is everything while the set is full.
-fn record() -> String {
-    let [ports4, ports6, portless4, portless6] = RECORDS;
-    format!(
-        "
-    # Everything that strict mode would drop, once per packet.
-    chain record {{
-        meta l4proto {WITH_PORTS} update @{ports4} {{ ip saddr . ip daddr . meta l4proto . th sport . th dport }} accept
-        meta l4proto {WITH_PORTS} update @{ports6} {{ ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }} accept
-        update @{portless4} {{ ip saddr . ip daddr . meta l4proto }} accept
-        update @{portless6} {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
-        accept
-    }}
-"
     )
 }
 
@@ -203,8 +255,9 @@ fn control(port: u16) -> String {
     )
 }
 
-/// The chains of what leaves, alike in both tables but for what refusing means.
-fn outbound(skeleton: &Skeleton, refuse: &str, refuse_dns: &str) -> String {
+/// The chains of what leaves, alike in both tables but for the reason to refuse it.
+fn outbound(skeleton: &Skeleton, reason: Reason) -> String {
+    let (refuse, refuse_dns) = (reason.refuse(skeleton.mode), Reason::Dns.refuse(skeleton.mode));
     let Skeleton { tunnel_port: port, dns_ports, .. } = skeleton;
     let (lo, hi) = (dns_ports.start(), dns_ports.end());
     let resolver = resolvers(skeleton, |family, set| format!("\n        {family} daddr {set} goto resolver"));
@@ -388,29 +441,59 @@ mod tests {
     }
 
     #[test]
-    fn permissive_and_audit_record_what_strict_drops_and_drop_nothing() {
-        let strict = ruleset(&skeleton(Mode::Strict, Gate::Open), false);
+    fn permissive_and_audit_record_wherever_strict_drops_and_differ_in_nothing_else() {
+        let rules = |text: String| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        let strict = rules(ruleset(&skeleton(Mode::Strict, Gate::Open), true));
+        let drops = |line: &&String| line.ends_with(" drop") && !line.contains("not_protected");
+        // Three of inbound, one each of outbound and of the resolvers in both tables.
+        assert_eq!(strict.iter().filter(drops).count(), 3 + 2 + 2);
         for mode in [Mode::Permissive, Mode::Audit] {
-            let text = ruleset(&skeleton(mode, Gate::Open), false);
-            for (name, dropped, recorded) in [
-                ("outbound", "outbound_postrouting", "would_drop_outbound"),
-                ("inbound", "inbound", "would_drop_inbound"),
-                ("resolver", "dns_escaped", "would_drop_dns"),
-            ] {
-                let from = format!("counter name {dropped} drop");
-                let to = format!("counter name {recorded} goto record");
-                assert_eq!(chain(&strict, name).replace(&from, &to), chain(&text, name));
-                assert!(!chain(&text, name).contains("drop\n") && chain(&text, name).contains(&to));
+            let mut below = rules(ruleset(&skeleton(mode, Gate::Open), true));
+            let marked = |line: &String| line.contains("meta mark and 0x1000000 != 0 ");
+            assert_eq!(
+                below.iter().filter(|line| marked(line)).count(),
+                1,
+                "only what was recorded is not judged again"
+            );
+            below.retain(|line| !marked(line));
+            assert_eq!(strict.len(), below.len());
+            for (strict, below) in strict.iter().zip(&below) {
+                let recorded = Reason::ALL.iter().fold(strict.clone(), |line, reason| {
+                    line.replace(&reason.refuse(Mode::Strict), &reason.refuse(mode))
+                });
+                assert_eq!(*below, recorded);
+                assert!(!drops(&below), "{below}");
+                assert_eq!(drops(&strict), below.contains(" goto record_"), "{strict}: {below}");
             }
         }
     }
 
     #[test]
-    fn the_device_egress_accepts_what_was_recorded_before_it() {
-        for mode in [Mode::Permissive, Mode::Audit] {
-            let text = ruleset(&skeleton(mode, Gate::Open), true);
-            assert!(!chain(&text, "egress").contains("goto"), "{text}");
+    fn every_reason_is_recorded_by_rules_that_accept_all() {
+        for text in texts() {
+            for reason in Reason::ALL {
+                let tables = text.matches(&format!("chain record_{} {{", reason.name())).count();
+                assert_eq!(tables, if reason == Reason::Dns { 2 } else { 1 });
+                let chain = chain(&text, &format!("record_{}", reason.name()));
+                assert!(chain.ends_with("\n        accept"), "{chain}");
+                for set in text.lines().filter_map(|l| l.strip_prefix("    set ")?.split(' ').next()) {
+                    let belongs = set.starts_with(&format!("would_drop_{}", reason.name()));
+                    assert_eq!(Reason::of_set(set) == Some(reason), belongs, "{set}");
+                    assert!(!belongs || chain.contains(&format!("update @{set} ")), "{set}");
+                }
+            }
         }
+    }
+
+    #[test]
+    fn a_packet_bears_the_bit_only_on_its_way_to_an_egress_that_takes_it_away() {
+        let below = skeleton(Mode::Audit, Gate::Open);
+        let set = "oifname \"eth0\" meta mark set meta mark or 0x1000000";
+        assert_eq!(ruleset(&below, true).matches(set).count(), 2);
+        assert!(!ruleset(&below, false).contains("meta mark set"));
+        assert!(!ruleset(&Skeleton { device: None, ..below }, true).contains("meta mark set"));
+        let strict = ruleset(&skeleton(Mode::Strict, Gate::Open), true);
+        assert!(!strict.contains("goto record_"), "no chain that sets it is reached");
     }
 
     #[test]

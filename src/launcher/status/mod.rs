@@ -12,6 +12,7 @@
 //! | `name` | the namespace, as the launcher was told it |
 //! | `project` | the project whose traffic is protected; null without a launcher |
 //! | `addresses` | the pod's own addresses |
+//! | `mode` | `strict`, `permissive` or `audit`; null without a launcher |
 //! | `state` | `protected`: an agent is ready; `unprotected`: it is, and something of `standing` is in its way; `closed`: no ready agent answers, what is protected is blocked. Without a launcher too, though an agent may go on: nobody vouches for it |
 //! | `reason` | why the state is not `protected`; else absent |
 //! | `launcher.pid` | the launcher's process; `launcher` is null where none answers |
@@ -21,15 +22,28 @@
 //! | `generation` | number of the directory's state that the agent works by; null without an agent |
 //! | `counters.sealed`, `.opened` | packets sealed for peers, opened from peers |
 //! | `counters.dnsForwarded` | DNS queries forwarded |
+//! | `counters.unpinned` | flows that did not keep their path when their address was captured or passed |
 //! | `counters.drops` | packets dropped by the agent, by reason; reasons that did not occur are absent. `queue_overflow` and `receive_overflow` are the kernel's: no room in `tenc0`, in a tunnel socket |
 //! | `guard` | packets counted by the guard's named counters; null where they cannot be read |
 //! | `tampering` | foreign changes of what protects the pod, by kind |
 //! | `standing` | those that could not be undone |
 //! | `peers.total`, `.established` | peers of the directory, and those of them with a session |
-//! | `peers.items` | at most 512 of them, those with a session first: `address`, `established` |
+//! | `peers.items` | at most 512 of them, those with a session first: `address`, `established`, and below strict mode: `standing` on the ladder (`able`, `unable`, `probing`), whether it is `captured` (an able peer is not while it stands behind a VIP that is passed), `sinceSeconds`: for how long it has been able, or has not been |
+//! | `vips.total` | VIPs of the directory; `vips` is null in strict mode, where all are captured |
+//! | `vips.items` | at most 256 of them: `address`, `standing` (`captured`, `passed`) |
 //! | `flows` | flows in the agent's table |
+//! | `flowStates.items` | at most 2,048 flows as the pod sees them, those with the latest packets first: `state`, `protocol` (number), `local`, `localPort`, `remote`, `remotePort` (null: shows no ports), `peer` (workload behind it, if known), `idleSeconds` (null: its socket is open) |
+//! | `flowStates.leftOut` | flows that are not named |
+//! | `wouldDrop.items` | what strict mode would drop, of the last ten minutes, at most 4,096, newest first: `reason`, `family`, `protocol`, `source`, `sourcePort`, `destination`, `destinationPort`, `packets`, `idleSeconds`, and the `standing` of its remote address, if known. `wouldDrop` is null in strict mode, and where it cannot be read |
+//! | `wouldDrop.leftOut` | records that are not named |
 //!
-//! `counters`, `peers` and `flows` are null where no agent answered. Counters live as long as the pod is protected, whoever
+//! A flow is `protected`; `passed`: the platform carries it in clear; `clear`: it began in clear and stays there, though its
+//! address is captured by now; `blocked`: its peer does not answer, and nothing of it leaves.
+//!
+//! A reason is the counter that strict mode would count it with. The agent of an `able` peer that is not `captured` would
+//! be spoken to through the tunnel in strict mode, though what is recorded to it now would be dropped as it is.
+//!
+//! `counters`, `peers`, `vips`, `flows` and `flowStates` are null where no agent answered. Counters live as long as the pod is protected, whoever
 //! is its agent; `agent.replaced` lives as long as the launcher.
 
 use std::collections::BTreeMap;
@@ -37,18 +51,31 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::agent::control::Report;
+pub use self::flows::{Flow, FlowStates, WouldDrop, WouldDrops};
+use crate::agent::control::{FlowReport, Report};
+use crate::launcher::guard;
+use crate::proto::ladder::{Mode, Standing};
 
 mod command;
+mod flows;
 mod server;
+mod table;
 
 pub use command::status;
 pub(super) use server::StatusServer;
 
 /// Version of the document.
 const API_VERSION: &str = "tencrypt.io/v1alpha1";
-/// Longest document that is read, in bytes: one with every peer and counter is a tenth of it.
-const DOCUMENT_MAX: u64 = 1 << 20;
+/// Longest document that is read, in bytes: one with every peer, flow, record and counter is a half of it.
+const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// A whole answer of an agent.
+#[derive(Clone, Debug, Default)]
+struct Answered {
+    report: Report,
+    /// Of its table, and those that stay in clear.
+    flows: Vec<FlowReport>,
+}
 
 /// Whether a pod is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +111,7 @@ pub struct PodStatus {
     pub name: String,
     pub project: Option<String>,
     pub addresses: Vec<IpAddr>,
+    pub mode: Option<Mode>,
     pub state: State,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -95,7 +123,10 @@ pub struct PodStatus {
     pub tampering: BTreeMap<String, u64>,
     pub standing: Vec<String>,
     pub peers: Option<Peers>,
+    pub vips: Option<Vips>,
     pub flows: Option<u64>,
+    pub flow_states: Option<FlowStates>,
+    pub would_drop: Option<WouldDrops>,
 }
 
 /// The launcher.
@@ -124,6 +155,7 @@ pub struct Counters {
     pub sealed: u64,
     pub opened: u64,
     pub dns_forwarded: u64,
+    pub unpinned: u64,
     pub drops: BTreeMap<String, u64>,
 }
 
@@ -144,6 +176,30 @@ pub struct Peers {
 pub struct Peer {
     pub address: IpAddr,
     pub established: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standing: Option<Standing>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub captured: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_seconds: Option<u64>,
+}
+
+/// The VIPs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the module documents the fields one by one")]
+pub struct Vips {
+    pub total: u64,
+    pub items: Vec<VipStatus>,
+}
+
+/// One VIP.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the module documents the fields one by one")]
+pub struct VipStatus {
+    pub address: IpAddr,
+    pub standing: Standing,
 }
 
 impl PodStatus {
@@ -156,6 +212,7 @@ impl PodStatus {
             name,
             project: None,
             addresses: Vec::new(),
+            mode: None,
             state: State::Closed,
             reason: Some(reason.to_owned()),
             launcher: None,
@@ -166,14 +223,24 @@ impl PodStatus {
             tampering: BTreeMap::new(),
             standing: Vec::new(),
             peers: None,
+            vips: None,
             flows: None,
+            flow_states: None,
+            would_drop: None,
         }
     }
 
-    /// Takes over what a ready agent said.
-    fn set_report(&mut self, report: Report) {
+    /// Takes over what a ready agent said, and the guard's records, where there may be any and they could be read.
+    fn set_report(&mut self, answer: Answered, records: Option<&[guard::WouldDrop]>) {
+        let Answered { report, flows: reported } = answer;
+        self.flow_states =
+            Some(flows::flow_states(&reported, &report, records.unwrap_or_default(), &self.addresses));
         let Report {
             generation,
+            unpinned,
+            clear: _,
+            vips,
+            vips_total,
             sealed,
             opened,
             dns_forwarded,
@@ -192,15 +259,41 @@ impl PodStatus {
         self.state = state;
         self.reason = reason;
         self.generation = generation;
-        self.counters = Some(Counters { sealed, opened, dns_forwarded, drops: drops.into_iter().collect() });
+        self.counters =
+            Some(Counters { sealed, opened, dns_forwarded, unpinned, drops: drops.into_iter().collect() });
         self.tampering = tampering.into_iter().collect();
         self.standing = standing;
         let items = peers
             .into_iter()
-            .map(|peer| Peer { address: peer.address, established: peer.established })
+            .map(|peer| Peer {
+                address: peer.address,
+                established: peer.established,
+                standing: peer.rung.map(|rung| rung.standing),
+                captured: peer.rung.map(|rung| rung.captured),
+                since_seconds: peer.rung.map(|rung| rung.since_s),
+            })
             .collect();
+        self.vips = (self.mode != Some(Mode::Strict)).then(|| Vips {
+            total: vips_total,
+            items: vips
+                .into_iter()
+                .map(|(address, captured)| VipStatus {
+                    address,
+                    standing: if captured { Standing::Captured } else { Standing::Passed },
+                })
+                .collect(),
+        });
         self.peers = Some(Peers { total: peers_total, established: peers_established, items });
         self.flows = Some(flows);
+    }
+
+    /// Takes over the guard's records, after the report, if there is one.
+    fn set_records(&mut self, records: &[guard::WouldDrop]) {
+        let peers = self.peers.iter().flat_map(|peers| &peers.items);
+        let peers = peers.filter_map(|peer| Some((peer.address, peer.standing?)));
+        let vips = self.vips.iter().flat_map(|vips| &vips.items).map(|vip| (vip.address, vip.standing));
+        let standings = peers.chain(vips).collect();
+        self.would_drop = Some(flows::would_drops(records, &standings, &self.addresses));
     }
 
     /// The document, for people too.
@@ -212,7 +305,29 @@ impl PodStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::control::PeerReport;
+    use crate::agent::control::{FlowState, PeerReport, Rung};
+    use crate::proto::nat::Tuple;
+
+    const OWN: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 11));
+    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 12));
+
+    pub(super) fn answered() -> Answered {
+        let tuple = Tuple { protocol: 6, local: (OWN, 4_000), remote: (PEER, 80) };
+        let flow = FlowReport { tuple, peer: Some(PEER), state: FlowState::Protected, idle_s: Some(1) };
+        Answered { report: report(), flows: vec![flow] }
+    }
+
+    pub(super) fn record() -> guard::WouldDrop {
+        guard::WouldDrop {
+            reason: guard::Reason::Egress,
+            source: OWN,
+            destination: PEER,
+            protocol: 17,
+            ports: Some((5, 53)),
+            packets: 7,
+            idle_s: 3,
+        }
+    }
 
     pub(super) fn report() -> Report {
         Report {
@@ -220,9 +335,17 @@ mod tests {
             sealed: 10,
             opened: 20,
             dns_forwarded: 3,
+            unpinned: 2,
             drops: vec![("bad_tag".to_owned(), 2), ("queue_overflow".to_owned(), 5)],
             flows: 6,
-            peers: vec![PeerReport { address: [10, 1, 1, 12].into(), established: true }],
+            clear: 0,
+            peers: vec![PeerReport {
+                address: PEER,
+                established: true,
+                rung: Some(Rung { standing: Standing::Able, captured: true, since_s: 60 }),
+            }],
+            vips: vec![([10, 96, 1, 1].into(), false)],
+            vips_total: 1,
             peers_total: 700,
             peers_established: 1,
             tampering: Vec::new(),
@@ -233,13 +356,15 @@ mod tests {
     pub(super) fn protected(name: &str) -> PodStatus {
         let mut status = PodStatus {
             project: Some("shop".to_owned()),
-            addresses: vec![[10, 1, 1, 11].into()],
+            addresses: vec![OWN],
+            mode: Some(Mode::Audit),
             launcher: Some(LauncherStatus { pid: 7 }),
             agent: Some(AgentStatus { pid: 8, replaced: 1, last_end: Some("by signal 9".to_owned()) }),
             guard: Some([("inbound".to_owned(), 0)].into()),
             ..PodStatus::closed(name.to_owned(), "not asked yet")
         };
-        status.set_report(report());
+        status.set_report(answered(), Some(&[record()]));
+        status.set_records(&[record()]);
         status
     }
 
@@ -259,7 +384,28 @@ mod tests {
         assert_eq!(json["agent"]["lastEnd"], "by signal 9");
         assert_eq!(json["counters"]["dnsForwarded"], 3);
         assert_eq!(json["counters"]["drops"]["queue_overflow"], 5);
-        assert_eq!(json["peers"]["items"][0]["address"], "10.1.1.12");
+        assert_eq!(json["counters"]["unpinned"], 2);
+        let peer = &json["peers"]["items"][0];
+        assert_eq!((&peer["address"], &peer["standing"]), (&"10.1.1.12".into(), &"able".into()));
+        assert_eq!(json["vips"]["items"][0]["standing"], "passed");
+        assert_eq!(json["mode"], "audit");
+        assert_eq!(json["flowStates"]["items"][0]["state"], "protected");
+        assert_eq!(json["flowStates"]["items"][1]["state"], "passed");
+        assert_eq!(json["flowStates"]["leftOut"], 5);
+        let would = &json["wouldDrop"]["items"][0];
+        assert_eq!((&would["reason"], &would["standing"]), (&"outbound_egress".into(), &"able".into()));
+        for (list, item) in [
+            ("peers", peer),
+            ("vips", &json["vips"]["items"][0]),
+            ("flowStates", &json["flowStates"]["items"][0]),
+            ("wouldDrop", would),
+        ] {
+            let line = format!("//! | `{list}.items`");
+            let line = include_str!("mod.rs").lines().find(|told| told.starts_with(&line)).unwrap();
+            for field in item.as_object().unwrap().keys() {
+                assert!(line.contains(&format!("`{field}`")), "{list}: {field} is not documented");
+            }
+        }
         let documented = include_str!("mod.rs");
         for (field, value) in json.as_object().unwrap() {
             let inner = value.as_object().filter(|_| !["guard", "tampering"].contains(&field.as_str()));
@@ -281,7 +427,7 @@ mod tests {
     fn what_stands_in_the_way_makes_a_pod_unprotected() {
         let mut status = protected("pod");
         let standing = vec!["a foreign rule".to_owned()];
-        status.set_report(Report { standing, ..report() });
+        status.set_report(Answered { report: Report { standing, ..report() }, flows: Vec::new() }, None);
         assert_eq!((status.state, status.reason.as_deref()), (State::Unprotected, Some("a foreign rule")));
     }
 }

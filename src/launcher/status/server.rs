@@ -3,9 +3,9 @@
 //! 1. [`StatusServer::next`] takes a connection of our own user, as long as fewer than [`ASKING_MAX`] are being answered
 //! 2. the supervisor asks its agent and hands over what it knows itself: [`StatusServer::answer`]
 //! 3. [`StatusServer::heard`]: the agent's report goes to all who wait for one; [`StatusServer::lost`]: there will be none
-//! 4. a task of its own reads the guard's counters, waits for the report, [`LIMIT`] at most, and writes the document
+//! 4. a task of its own reads the guard's counters and records, waits for the report, [`LIMIT`] at most, and writes the document
 //!
-//! May touch: connections, and the guard's counters, read-only.
+//! May touch: connections, and the guard's counters and records, read-only.
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -18,17 +18,20 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use super::{AgentStatus, LauncherStatus, PodStatus};
-use crate::agent::control::Report;
+use super::{AgentStatus, Answered, LauncherStatus, PodStatus};
+use crate::agent::control::{FlowReport, REPORTED_FLOWS_MAX, Report};
 use crate::launcher::guard;
 use crate::launcher::plan::Plan;
 use crate::launcher::process::{Ended, describe};
 use crate::launcher::runtime::Runtime;
+use crate::proto::ladder::Mode;
 
 /// How long the agent, the guard and the one who asks may take, each.
 const LIMIT: Duration = Duration::from_secs(2);
 /// Questions that are being answered at once; further ones wait in the kernel.
 const ASKING_MAX: usize = 8;
+/// Flows that are kept of one answer; an agent says no more.
+const FLOWS_MAX: usize = 2 * REPORTED_FLOWS_MAX;
 /// Pause after a connection could not be taken, for want of descriptors for example.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -39,7 +42,9 @@ pub(in crate::launcher) struct StatusServer {
     listener: Option<UnixListener>,
     tasks: JoinSet<()>,
     /// Those that wait for the agent's report.
-    waiting: Vec<oneshot::Sender<Report>>,
+    waiting: Vec<oneshot::Sender<Answered>>,
+    /// Flows that came before the report that they belong to.
+    flows: Vec<FlowReport>,
     replaced: u64,
     last_end: Option<String>,
 }
@@ -95,7 +100,8 @@ impl StatusServer {
             Ok(netns) => netns,
             Err(error) => return debug!(%error, "a question is not answered"),
         };
-        let status = self.known(plan.netns.name(), &plan.project, &plan.addresses, agent);
+        let mut status = self.known(plan.netns.name(), &plan.project, &plan.addresses, agent);
+        status.mode = Some(plan.skeleton.mode);
         self.tasks.spawn(write(stream, status, netns, report));
     }
 
@@ -115,17 +121,26 @@ impl StatusServer {
         }
     }
 
-    /// The agent's report has come.
-    pub(in crate::launcher) fn heard(&mut self, report: &Report) {
+    /// A part of the agent's answer has come.
+    pub(in crate::launcher) fn heard_flows(&mut self, flows: Vec<FlowReport>) {
+        if self.flows.len() < FLOWS_MAX {
+            self.flows.extend(flows);
+        }
+    }
+
+    /// The agent's report has come, and with it the end of its answer.
+    pub(in crate::launcher) fn heard(&mut self, report: Report) {
+        let answered = Answered { report, flows: std::mem::take(&mut self.flows) };
         for sender in self.waiting.drain(..) {
             // One that has waited too long is answered already.
-            let _ = sender.send(report.clone());
+            let _ = sender.send(answered.clone());
         }
     }
 
     /// The agent has ended, unasked; what it was asked for does not come any more.
     pub(in crate::launcher) fn lost(&mut self, ended: Ended) {
         self.waiting.clear();
+        self.flows.clear();
         self.replaced += 1;
         self.last_end = Some(ended.to_string());
     }
@@ -140,7 +155,7 @@ async fn write(
     mut stream: UnixStream,
     mut status: PodStatus,
     netns: OwnedFd,
-    report: Option<oneshot::Receiver<Report>>,
+    report: Option<oneshot::Receiver<Answered>>,
 ) {
     let reported = async {
         match report {
@@ -148,11 +163,32 @@ async fn write(
             None => None,
         }
     };
-    let (reported, guard) = tokio::join!(reported, timeout(LIMIT, guard::counters_beside(&netns)));
+    // In strict mode there are none but those of a former mode.
+    let records = async {
+        match status.mode {
+            None | Some(Mode::Strict) => None,
+            Some(Mode::Permissive | Mode::Audit) => {
+                Some(timeout(LIMIT, guard::would_drops_beside(&netns)).await)
+            }
+        }
+    };
+    let (reported, guard, records) =
+        tokio::join!(reported, timeout(LIMIT, guard::counters_beside(&netns)), records);
+    let records = match records {
+        Some(Ok(Ok(records))) => Some(records),
+        Some(Ok(Err(error))) => {
+            warn!(error = describe(&error), "the guard's records cannot be read");
+            None
+        }
+        Some(Err(_)) | None => None,
+    };
     match reported {
-        Some(Some(report)) => status.set_report(report),
+        Some(Some(answered)) => status.set_report(answered, records.as_deref()),
         Some(None) => status.reason = Some("the agent does not answer".to_owned()),
         None => {}
+    }
+    if let Some(records) = records {
+        status.set_records(&records);
     }
     status.guard = match guard {
         Ok(Ok(counters)) => Some(counters.into_iter().map(|(name, n)| (name, n.packets)).collect()),
@@ -172,11 +208,11 @@ async fn write(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{State, tests::report};
+    use super::super::{State, tests::answered};
     use super::*;
 
     /// What the task writes, for a namespace whose guard nobody can read.
-    async fn written(server: &StatusServer, report: Option<oneshot::Receiver<Report>>) -> PodStatus {
+    async fn written(server: &StatusServer, report: Option<oneshot::Receiver<Answered>>) -> PodStatus {
         use tokio::io::AsyncReadExt as _;
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let status = server.known("pod".to_owned(), "shop", &[], Some(8));
@@ -197,12 +233,16 @@ mod tests {
             receiver
         };
         let (first, second) = (ask(&mut server), ask(&mut server));
-        server.heard(&report());
+        let Answered { report, flows } = answered();
+        server.heard_flows(flows);
+        server.heard(report);
         for asked in [first, second] {
             let status = written(&server, Some(asked)).await;
             assert_eq!((status.state, status.reason), (State::Protected, None));
             assert_eq!(status.counters.unwrap().sealed, 10);
+            assert_eq!(status.flow_states.unwrap().items.len(), 1);
         }
+        assert!(server.flows.is_empty(), "flows of one answer are not those of the next");
 
         let third = ask(&mut server);
         server.lost(Ended { code: Some(137) });
