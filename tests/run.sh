@@ -7,7 +7,8 @@
 # as root. What is missing (Debian or Ubuntu packages, cargo-deny) is installed. Without root the namespace tests are
 # reported as ignored, and fail where CI=true.
 #
-# Environment: TENC_LONG=1 for the long forms of the namespace tests; CARGO_TARGET_DIR as usual.
+# Environment: TENC_LONG=1 for the long forms of the namespace tests; TENC_SEED=SEED[:ROUND], as a test that fails prints
+# it, for the rounds of random tampering of that run, from that one on; CARGO_TARGET_DIR as usual.
 # The exit status is 0 when nothing failed. The last line is `N passed, N failed, N skipped`.
 # shellcheck disable=SC2317  # the steps are called by name
 set -uo pipefail
@@ -27,7 +28,7 @@ fi
 builder_home=$(getent passwd "$builder" | cut -d: -f6)
 # sudo resets the environment: what the build reads is handed on by name.
 build_env=("PATH=$builder_home/.cargo/bin:$PATH")
-for name in CI CARGO_TARGET_DIR CARGO_HOME RUSTUP_HOME RUSTUP_TOOLCHAIN TENC_LONG; do
+for name in CI CARGO_TARGET_DIR CARGO_HOME RUSTUP_HOME RUSTUP_TOOLCHAIN TENC_LONG TENC_SEED; do
   if [[ -n ${!name:-} ]]; then build_env+=("$name=${!name}"); fi
 done
 build() { "${as_builder[@]}" env "${build_env[@]}" "$@"; }
@@ -138,7 +139,7 @@ netns_build() {
 
 netns_tests() {
   local environment=("TENCRYPT=$target/release/tencrypt" "TENCRYPT_FAULT_BIN=$target/fault/tencrypt")
-  for name in CI TENC_LONG; do
+  for name in CI TENC_LONG TENC_SEED; do
     if [[ -n ${!name:-} ]]; then environment+=("$name=${!name}"); fi
   done
   "${as_root[@]}" env "${environment[@]}" "$netns" "$@"

@@ -5,7 +5,8 @@
 //! the kernel with what was applied, repairs, says what it found). What becomes of connections in
 //! being: flows.rs. The driver is woken through an eventfd when one is done.
 //!
-//! A check, in the order in which things depend on each other: guard, links, `tenc0`, addresses, rules, routes.
+//! A check, in the order in which things depend on each other: guard, links, `tenc0`, addresses, rules, routes; and then where
+//! packets really go.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,12 +22,17 @@ use tracing::debug;
 
 use super::flows::{self, Ended, Flows};
 use super::guard::Guard;
-use super::netlink::{Capture, Link, Netlink, ProtectedRoute, TX_QUEUE_LEN, Wanted};
+use super::netlink::{Capture, Link, MARK, Netlink, ProtectedRoute, TX_QUEUE_LEN, Wanted};
 use super::tun::{self, Tun};
 use super::watch::Tampering;
 use crate::proto::ladder::Mode;
 use crate::proto::mtu::{inner_mtu, tun_mtu};
 use crate::proto::routing::{Batch, BatchId, RouteChange};
+
+/// Below this MTU a device has no IPv6. Source: RFC 8200 §5.
+const IPV6_MIN_MTU: u32 = 1_280;
+/// Addresses whose ways are asked for in one check, in turn.
+const WAYS: usize = 512;
 
 /// What the thread is to do.
 enum Order {
@@ -117,6 +123,8 @@ impl Applier {
             facts,
             flows,
             sweep_at: Instant::now(),
+            reached: BTreeSet::new(),
+            asked: None,
         };
         let thread = std::thread::Builder::new().name("applier".into()).spawn(move || {
             loop {
@@ -215,6 +223,10 @@ struct Kernel {
     flows: Flows,
     /// When the pins are looked at next.
     sweep_at: Instant,
+    /// Protected addresses that sealed datagrams found a way to.
+    reached: BTreeSet<IpAddr>,
+    /// Whose way was asked for last.
+    asked: Option<IpAddr>,
 }
 
 impl Kernel {
@@ -275,12 +287,13 @@ impl Kernel {
     /// Compares everything, repairs what can be repaired. What the kernel refuses stands.
     fn check(&mut self) -> Checked {
         let mut checked = Checked::default();
-        let steps: [fn(&mut Self, &mut Checked) -> anyhow::Result<()>; 5] = [
+        let steps: [fn(&mut Self, &mut Checked) -> anyhow::Result<()>; 6] = [
             Self::check_guard,
             Self::check_links,
             Self::check_addresses,
             Self::check_rules,
             Self::check_routes,
+            Self::check_ways,
         ];
         for step in steps {
             if let Err(error) = step(self, &mut checked) {
@@ -347,8 +360,10 @@ impl Kernel {
         }
         let ours = links.iter().find(|link| link.index == self.tun_index && link.tun);
         let mtu = tun_mtu(self.facts.link_mtu, &self.facts.capture.own);
+        // With such an MTU it lost IPv6, which would come back with an address of its own: it is made again.
+        let lost_ipv6 = |link: &Link| link.mtu < IPV6_MIN_MTU && mtu >= IPV6_MIN_MTU;
         match ours {
-            Some(link) if link.name == tun::NAME && self.facts.tun.is_attached() => {
+            Some(link) if link.name == tun::NAME && self.facts.tun.is_attached() && !lost_ipv6(link) => {
                 if checked.link_mtu.is_some() {
                     return Ok(());
                 }
@@ -366,6 +381,7 @@ impl Kernel {
             other => {
                 let kind = match other {
                     Some(link) if link.name != tun::NAME => Tampering::TunRenamed,
+                    Some(link) if self.facts.tun.is_attached() && lost_ipv6(link) => Tampering::TunMtu,
                     _ if self.facts.tun.is_attached() => Tampering::TunMoved,
                     _ => Tampering::TunDeleted,
                 };
@@ -448,10 +464,7 @@ impl Kernel {
         if checked.standing.contains(&Tampering::TunForeign) {
             return Ok(());
         }
-        let own = &self.facts.capture.own;
-        let gone = self.netlink.addresses()?;
-        let own: Vec<IpAddr> =
-            own.iter().copied().filter(|own| gone.iter().any(|a| a.address == *own)).collect();
+        let own = self.present()?;
         let wanted = self.held.iter().filter_map(|(to, held)| {
             let route = self.route(*to)?;
             Some((
@@ -471,6 +484,41 @@ impl Kernel {
         let (repaired, standing) = self.netlink.check_routes(self.tun_index, all, &own, &wanted)?;
         checked.repaired.extend(repaired);
         checked.standing.extend(standing);
+        Ok(())
+    }
+
+    /// Our addresses that the namespace has now.
+    fn present(&mut self) -> anyhow::Result<Vec<IpAddr>> {
+        let found = self.netlink.addresses()?;
+        let own = self.facts.capture.own.iter().copied();
+        Ok(own.filter(|own| found.iter().any(|a| a.address == *own)).collect())
+    }
+
+    /// Asks the kernel for the way to protected addresses: from an application into `tenc0`, and from our own sockets out of the
+    /// pod's device, if it ever was so (to a VIP there need not be any).
+    fn check_ways(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        if checked.standing.contains(&Tampering::TunForeign) {
+            return Ok(());
+        }
+        let own = self.present()?;
+        let protected = self.held.iter().filter(|(to, held)| {
+            **held == Held::Protect && self.route(**to).is_some_and(|route| own.contains(&route.own))
+        });
+        let all: Vec<IpAddr> = protected.map(|(to, _)| *to).collect();
+        self.reached.retain(|to| self.held.contains_key(to));
+        let after = all.partition_point(|to| Some(*to) <= self.asked);
+        let asked = all[after..].iter().chain(&all[..after]).take(WAYS);
+        for to in asked {
+            if self.netlink.way(*to, None)? != Some(self.tun_index) {
+                checked.standing.push(Tampering::RouteBypassed);
+            }
+            if self.pod_index.is_some() && self.netlink.way(*to, Some(MARK))? == self.pod_index {
+                self.reached.insert(*to);
+            } else if self.reached.contains(to) {
+                checked.standing.push(Tampering::UnderlayLost);
+            }
+            self.asked = Some(*to);
+        }
         Ok(())
     }
 }

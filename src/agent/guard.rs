@@ -29,6 +29,20 @@ pub const SET4: &str = "protected4";
 /// Name of the sets of IPv6 addresses.
 pub const SET6: &str = "protected6";
 
+/// The chains of both tables.
+pub const CHAINS: [&str; 10] = [
+    "postrouting",
+    "prerouting",
+    "egress",
+    "outbound",
+    "resolver",
+    "dns",
+    "closed_outbound",
+    "inbound",
+    "closed_inbound",
+    "record",
+];
+
 /// Elements per message: a nested attribute holds less than 64 KiB, an IPv6 element takes 28 bytes.
 const ELEMENTS_PER_MESSAGE: usize = 1000;
 /// Room for the largest transaction in the socket's send buffer.
@@ -164,7 +178,7 @@ impl Guard {
             return Err(Error::NoTable);
         }
         self.egress = self.has_table(Family::Netdev)?;
-        self.fingerprint = self.take_fingerprint()?;
+        self.fingerprint = self.take_fingerprint()?.0;
         Ok(())
     }
 
@@ -185,10 +199,14 @@ impl Guard {
         if !self.has_table(Family::Inet)? || (self.egress && !self.has_table(Family::Netdev)?) {
             return Ok(Some(Tampering::GuardTable));
         }
-        if self.take_fingerprint()? != self.fingerprint {
+        let (fingerprint, foreign) = self.take_fingerprint()?;
+        if fingerprint != self.fingerprint {
             return Ok(Some(Tampering::GuardRules));
         }
-        Ok((!self.holds(wanted)?).then_some(Tampering::GuardElement))
+        if !self.holds(wanted)? {
+            return Ok(Some(Tampering::GuardElement));
+        }
+        Ok(foreign.then_some(Tampering::GuardForeign))
     }
 
     /// Makes the sets hold exactly `addresses`, in one transaction.
@@ -237,9 +255,10 @@ impl Guard {
         Ok(found)
     }
 
-    /// What says whether tables, hooks and rules are still those that were loaded: handles and use counts left out.
-    fn take_fingerprint(&mut self) -> Result<u64, Error> {
+    /// What says whether tables, hooks and rules are those that were loaded; and whether there is a chain besides [`CHAINS`].
+    fn take_fingerprint(&mut self) -> Result<(u64, bool), Error> {
         let mut hasher = SipHasher13::new();
+        let mut foreign = false;
         for family in self.families() {
             for (kind, name, kept) in [
                 (GET_TABLE, ATTR_TABLE_NAME, &[ATTR_TABLE_NAME, ATTR_TABLE_FLAGS][..]),
@@ -251,7 +270,20 @@ impl Guard {
                     let ours = |(k, value): (u16, &[u8])| {
                         k == name && value.strip_suffix(&[0]) == Some(TABLE.as_bytes())
                     };
-                    if attributes(message).any(ours) {
+                    let chain = match kind {
+                        GET_CHAIN => Some(ATTR_CHAIN_NAME),
+                        GET_RULE => Some(ATTR_RULE_CHAIN),
+                        _ => None,
+                    };
+                    let known = |(k, value): (u16, &[u8])| {
+                        Some(k) != chain
+                            || CHAINS.iter().any(|c| value.strip_suffix(&[0]) == Some(c.as_bytes()))
+                    };
+                    if !attributes(message).any(ours) {
+                        return;
+                    }
+                    foreign |= !attributes(message).all(known);
+                    if attributes(message).all(known) {
                         for (kind, value) in attributes(message).filter(|(kind, _)| kept.contains(kind)) {
                             hasher.write_u16(kind);
                             hasher.write_usize(value.len());
@@ -261,7 +293,7 @@ impl Guard {
                 })?;
             }
         }
-        Ok(hasher.finish())
+        Ok((hasher.finish(), foreign))
     }
 
     /// Feeds `each` the attributes of every object of a dump.

@@ -321,8 +321,10 @@ fn options(init: &Init) -> Options {
 fn arp_responder(netlink: &mut Netlink, own: &[IpAddr]) -> Option<ArpResponder> {
     let IpAddr::V4(own) = *own.iter().find(|own| own.is_ipv4())? else { return None };
     let opened = netlink.link_of(own.into()).map_err(anyhow::Error::from).and_then(|link| {
-        let Some(mac) = link.mac else { return Ok(None) };
-        Ok(Some(ArpResponder::open(link.index, mac, own)?))
+        if link.mac.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(ArpResponder::open(link.index, own)?))
     });
     opened.unwrap_or_else(|error| {
         warn!(

@@ -39,16 +39,20 @@ const BATCH: usize = 16;
 pub struct ArpResponder {
     fd: OwnedFd,
     own: Ipv4Addr,
-    mac: [u8; 6],
 }
 
 impl ArpResponder {
-    /// Opens the socket on the device `index` with hardware address `mac`, for requests for `own`.
+    /// Opens the socket on the device `index`, for requests for `own`.
     ///
     /// # Errors
     /// `EPERM`: needs CAP_NET_RAW.
-    pub fn open(index: u32, mac: [u8; 6], own: Ipv4Addr) -> io::Result<Self> {
-        Ok(Self { fd: packet::open(index, ETHERTYPE_ARP, &filter(own))?, own, mac })
+    pub fn open(index: u32, own: Ipv4Addr) -> io::Result<Self> {
+        Ok(Self { fd: packet::open(index, ETHERTYPE_ARP, &filter(own))?, own })
+    }
+
+    /// The device's hardware address as it is now: one that was changed a moment ago would lead a peer astray for half a minute.
+    fn mac(&self) -> io::Result<[u8; 6]> {
+        packet::hardware_address(&self.fd)
     }
 
     /// Answers what is queued, at most a batch of it.
@@ -63,7 +67,7 @@ impl ArpResponder {
                 Err(nix::Error::EAGAIN) => break,
                 Err(error) => return Err(error.into()),
             };
-            if let Some(answer) = reply(&frame[..len], self.own, self.mac, &is_protected) {
+            if let Some(answer) = reply(&frame[..len], self.own, self.mac()?, &is_protected) {
                 nix::unistd::write(&self.fd, &answer)?;
             }
         }

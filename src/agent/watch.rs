@@ -70,8 +70,14 @@ pub enum Tampering {
     GuardTable,
     /// The rules of the guard are not those that the launcher loaded.
     GuardRules,
+    /// A chain in the guard's tables that is none of ours; it stays.
+    GuardForeign,
     /// The sets of the guard do not hold what is protected.
     GuardElement,
+    /// Packets for a protected address do not go into `tenc0`, though rules and routes of ours stand: another comes first.
+    RouteBypassed,
+    /// The pod's own routes no longer lead sealed datagrams out of its device.
+    UnderlayLost,
     /// An address of the pod is gone.
     OwnAddressGone,
     /// The pod has an address more; it is not adopted.
@@ -105,7 +111,10 @@ impl Tampering {
             Self::TwinMissing => "twin_missing",
             Self::GuardTable => "guard_table",
             Self::GuardRules => "guard_rules",
+            Self::GuardForeign => "guard_foreign",
             Self::GuardElement => "guard_element",
+            Self::RouteBypassed => "route_bypassed",
+            Self::UnderlayLost => "underlay_lost",
             Self::OwnAddressGone => "own_address_gone",
             Self::AddressAdded => "address_added",
             Self::LinkMtu => "link_mtu",

@@ -8,13 +8,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::Case;
 use crate::lab::{
     Agents, BACKENDS, Lab, Launched, PROJECT, PROTECTED, Ran, TUNNEL_PORT, run, tencrypt, web_vips,
 };
-use crate::services::{copy_directory, replace};
+use crate::services::replace;
 
 /// The cases of this file.
 pub const CASES: &[Case] = &[
@@ -28,16 +28,6 @@ pub const CASES: &[Case] = &[
     Case::new("launch_names_a_missing_or_broken_key_file", broken_key_file).agents(Agents::Off),
     Case::new("launch_refuses_flags_whose_feature_is_not_built_yet", unbuilt_flags).agents(Agents::Off),
     Case::new("launch_refuses_a_pod_that_is_protected_already", protected_already).sealed(),
-    Case::new(
-        "promise_13_a_namespace_that_disappears_ends_agent_and_launcher_and_leaves_nothing",
-        vanished_namespace,
-    )
-    .agents(Agents::Off)
-    .seconds(3_600)
-    .looks_itself(),
-    Case::new("promise_13_the_end_of_the_pods_device_is_the_end_of_the_pod", vanished_device)
-        .agents(Agents::Off)
-        .looks_itself(),
 ];
 
 /// Runs `tencrypt launch` that is expected to refuse; with its state compared before and after.
@@ -291,76 +281,4 @@ fn malformed_manifest(lab: &Lab) {
     assert!(log.contains("zz-broken.yaml"), "the broken manifest is not reported:\n{log}");
     thread::sleep(Duration::from_millis(1_500));
     lab.curl("shop-client", "http://web/");
-}
-
-/// A pod outside the lab's table, whose namespace and link are deleted while it is protected.
-/// What the launcher and agent of one pod own on the host.
-fn belongings() -> Vec<String> {
-    let entries = fs::read_dir("/run/tencrypt").into_iter().flatten().flatten();
-    let mut found: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    found.sort();
-    found
-}
-
-fn ip(args: &str) {
-    let ran = run(Command::new("ip").args(args.split(' ')), Duration::from_secs(10));
-    assert!(ran.code == 0, "ip {args}: {}", ran.err);
-}
-
-/// Protects a pod that is made for it, and takes it away as `take` says: within a second nothing may be left of agent and
-/// launcher.
-fn vanishes(lab: &Lab, take: impl Fn(&str, &str)) {
-    let netns = format!("{}-gone", lab.name());
-    let node = format!("{}-node2", lab.name());
-    let directory = copy_directory(lab, "gone");
-    replace(
-        &directory.join("pod-gone.yaml"),
-        "apiVersion: v1\nkind: Pod\nmetadata: {name: gone, namespace: shop}\nspec: {nodeName: node2, containers: []}\n\
-         status: {phase: Running, podIP: 10.1.2.99, podIPs: [{ip: 10.1.2.99}]}\n",
-    );
-    let resolv = lab.run_dir().join("gone.conf");
-    fs::write(&resolv, "nameserver 10.96.0.10\nsearch shop.svc.cluster.local\n").expect("a resolv.conf");
-    let before = belongings();
-    ip(&format!("netns add {netns}"));
-    ip(&format!("-n {node} link add p-gone mtu 1450 type veth peer name eth0 mtu 1450 netns {netns}"));
-    ip(&format!("-n {node} link set p-gone up"));
-    ip(&format!("-n {netns} addr add 10.1.2.99/32 dev eth0"));
-    ip(&format!("-n {netns} link set lo up"));
-    ip(&format!("-n {netns} link set eth0 up"));
-    let args = with(
-        Launched::args(lab, "gone", &directory, &lab.key_file(PROJECT)),
-        "--resolv-conf",
-        &resolv.display().to_string(),
-    );
-    let mut launched = Launched::start(lab, &args.iter().map(String::as_str).collect::<Vec<_>>());
-    let ready = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| launched.wait_ready()));
-    take(&netns, &node);
-    let started = Instant::now();
-    let code = launched.ended(Duration::from_secs(15));
-    let taken = started.elapsed();
-    // Whatever of the two is left.
-    for end in [format!("netns del {netns}"), format!("-n {node} link del p-gone")] {
-        let _ = run(Command::new("ip").args(end.split(' ')), Duration::from_secs(5));
-    }
-    assert!(ready.is_ok(), "not ready:\n{}", launched.printed());
-    assert!(code == Some(0), "the launcher's end was {code:?}:\n{}", launched.printed());
-    assert!(!launched.printed().contains("panicked"), "{}", launched.printed());
-    assert!(taken < Duration::from_millis(1_500), "it took {taken:?}");
-    assert_eq!(before, belongings(), "runtime files are left");
-    // Nothing of it keeps the namespace alive: no link of it, no process in it.
-    let listed = run(Command::new("ip").args(["-n", &node, "link", "show"]), Duration::from_secs(5));
-    assert!(!listed.out.contains("p-gone"));
-}
-
-fn vanished_namespace(lab: &Lab) {
-    for _ in 0..if crate::long() { 1_000 } else { 3 } {
-        vanishes(lab, |netns, node| {
-            ip(&format!("netns del {netns}"));
-            ip(&format!("-n {node} link del p-gone"));
-        });
-    }
-}
-
-fn vanished_device(lab: &Lab) {
-    vanishes(lab, |netns, _| ip(&format!("-n {netns} link del eth0")));
 }

@@ -551,6 +551,11 @@ impl Launched {
         words.map(str::to_owned).to_vec()
     }
 
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"))
+    }
+
     /// What it printed so far.
     pub fn printed(&self) -> String {
         fs::read_to_string(&self.output).unwrap_or_default()

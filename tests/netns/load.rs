@@ -70,6 +70,14 @@ impl Load {
         None
     }
 
+    /// The longest time without a datagram between `from` and the last one.
+    pub fn longest_silence(&self, from: Instant) -> Duration {
+        let arrivals = lock(&self.arrivals);
+        let first = arrivals.partition_point(|(_, at)| *at < from);
+        let times = arrivals.iter().skip(first.saturating_sub(1)).map(|(_, at)| *at);
+        times.clone().zip(times.skip(1)).map(|(a, b)| b.duration_since(a)).max().unwrap_or_default()
+    }
+
     /// Panics unless every TCP connection is whole and goes on now.
     pub fn assert_connections_go_on(&self) {
         let before: Vec<_> = self.pushed.iter().map(|n| n.load(Ordering::Acquire)).collect();

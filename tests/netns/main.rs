@@ -6,7 +6,7 @@
 //! 4. a case that outlives its limit fails, and its lab is taken down under it
 //!
 //! Needs root; without it every case is reported as ignored with the reason, and fails where CI=true.
-//! TENC_LONG=1 runs the long forms. TENCRYPT is the binary under test, TENCRYPT_FAULT_BIN the test build.
+//! TENC_LONG=1 runs the long forms. TENC_SEED has the random rounds of another run again. TENCRYPT is the binary under test, TENCRYPT_FAULT_BIN the test build.
 
 #![expect(
     clippy::disallowed_methods,
@@ -37,7 +37,9 @@ mod services;
 mod snapshot;
 mod status;
 mod takeover;
+mod tamper;
 mod untouched;
+mod vanish;
 mod watch;
 
 use std::any::Any;
@@ -139,6 +141,8 @@ fn main() -> std::process::ExitCode {
         takeover::CASES,
         directory::CASES,
         watch::CASES,
+        vanish::CASES,
+        tamper::CASES,
         status::CASES,
     ] {
         cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));

@@ -120,6 +120,11 @@ impl Pod {
         sk::sendto(fd.as_raw_fd(), frame, &to, sk::MsgFlags::empty())
     }
 
+    /// A packet socket that writes frames to the pod's real device, one after the other.
+    pub fn frames(&self) -> Frames {
+        Frames { to: self.link_address(&self.device), fd: self.enter(packet_socket) }
+    }
+
     /// A TCP listener inside the namespace.
     pub fn listen(&self, bind: SocketAddr) -> TcpListener {
         self.enter(|| TcpListener::bind(bind)).unwrap_or_else(|e| panic!("listen on {bind}: {e}"))
@@ -186,6 +191,19 @@ fn packet_socket() -> OwnedFd {
         sk::SockProtocol::EthAll,
     )
     .expect("AF_PACKET socket")
+}
+
+/// An AF_PACKET socket that writes to one device.
+pub struct Frames {
+    to: sk::LinkAddr,
+    fd: OwnedFd,
+}
+
+impl Frames {
+    /// Writes one Ethernet frame; an error where the guard drops it.
+    pub fn send(&self, frame: &[u8]) -> nix::Result<usize> {
+        sk::sendto(self.fd.as_raw_fd(), frame, &self.to, sk::MsgFlags::empty())
+    }
 }
 
 /// An AF_PACKET socket that hears every frame of one device.

@@ -12,15 +12,18 @@ use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType,
 };
-use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use nix::errno::Errno;
 
 use super::links::{Link, read_link};
 use super::request::{Object, Request};
 use super::rules::{self, Capture, PROTECTED, Rule};
-use super::{Destination, Error, METRIC, Netlink, PROTOCOL, T, T53, TWIN_METRIC};
+use super::{Destination, Error, METRIC, Netlink, T, T53, TWIN_METRIC};
 use super::{add_rule, destination, family, flush_requests, host_len, put, route};
 use crate::agent::watch::Tampering;
+
+/// The kernel's own table.
+const TABLE_LOCAL: u32 = 255;
 
 /// What should stand in table T for one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,8 +154,20 @@ fn rule_diff(capture: &Capture, dumped: &[RuleMessage]) -> Diff {
     if !diff.put.is_empty() {
         diff.repaired.push(Tampering::RuleMissing);
     }
-    let tagged = |rule: &RuleMessage| {
-        rule.attributes.iter().any(|a| matches!(a, RuleAttribute::Protocol(p) if u8::from(*p) == PROTOCOL))
+    let known = |message: &RuleMessage| {
+        let rule = Some(message).filter(|message| Rule::is_ours(message)).and_then(Rule::parse);
+        rule.is_some_and(|rule| {
+            rule.pin().is_some() || exceptions.iter().chain(&captures).any(|w| *w == rule)
+        })
+    };
+    // The kernel's own: the local table before everything.
+    let local = |message: &RuleMessage| {
+        let table = message.attributes.iter().find_map(|a| match a {
+            RuleAttribute::Table(table) => Some(*table),
+            _ => None,
+        });
+        message.header.action == RuleAction::ToTable
+            && table.unwrap_or(message.header.table.into()) == TABLE_LOCAL
     };
     let priority = |rule: &RuleMessage| {
         rule.attributes.iter().find_map(|a| match a {
@@ -160,8 +175,11 @@ fn rule_diff(capture: &Capture, dumped: &[RuleMessage]) -> Diff {
             _ => None,
         })
     };
-    // Rule 0 is the kernel's: the local table.
-    if dumped.iter().any(|rule| !tagged(rule) && (1..=PROTECTED).contains(&priority(rule).unwrap_or(0))) {
+    let before = |rule: &RuleMessage| match priority(rule).unwrap_or(0) {
+        0 => !local(rule),
+        priority => priority <= PROTECTED && !known(rule),
+    };
+    if dumped.iter().any(before) {
         diff.standing.push(Tampering::RuleForeign);
     }
     diff
@@ -410,8 +428,19 @@ mod tests {
         let diff = rule_diff(&capture(), &rules);
         assert!(diff.put.is_empty());
         assert_eq!(diff.standing, [Tampering::RuleForeign]);
+        let standing = |rule: &RuleMessage| rule_diff(&capture(), std::slice::from_ref(rule)).standing;
         foreign.attributes[0] = RuleAttribute::Priority(32_766);
-        assert!(rule_diff(&capture(), &[foreign]).standing.is_empty());
+        assert!(standing(&foreign).is_empty());
+        // Beside the kernel's own rule 0, and with our tag.
+        foreign.attributes[0] = RuleAttribute::Priority(0);
+        foreign.header.action = RuleAction::ToTable;
+        foreign.attributes.push(RuleAttribute::Table(TABLE_LOCAL));
+        assert!(standing(&foreign).is_empty());
+        foreign.attributes[1] = RuleAttribute::Table(u32::from(RouteHeader::RT_TABLE_MAIN));
+        assert_eq!(standing(&foreign), [Tampering::RuleForeign]);
+        foreign.attributes[0] = RuleAttribute::Priority(PROTECTED);
+        foreign.attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(super::super::PROTOCOL)));
+        assert_eq!(standing(&foreign), [Tampering::RuleForeign]);
 
         let mut routes = routes();
         routes.push(route(RouteType::Unicast, Destination::Host("10.0.0.3".parse().unwrap()), 0));

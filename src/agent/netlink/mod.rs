@@ -17,6 +17,7 @@ mod links;
 mod pins;
 mod request;
 mod rules;
+mod ways;
 
 use std::net::IpAddr;
 

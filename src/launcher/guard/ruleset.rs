@@ -414,6 +414,15 @@ mod tests {
     }
 
     #[test]
+    fn every_chain_is_one_that_the_agent_knows() {
+        for text in texts() {
+            let chains = text.lines().filter_map(|line| line.strip_prefix("    chain ")?.strip_suffix(" {"));
+            let chains: std::collections::BTreeSet<_> = chains.collect();
+            assert_eq!(chains, crate::agent::guard::CHAINS.into());
+        }
+    }
+
+    #[test]
     fn every_resolver_is_guarded_in_both_tables_by_one_rule_per_family() {
         let text = ruleset(&skeleton(Mode::Strict, Gate::Open), true);
         for rule in
