@@ -38,7 +38,7 @@ const WAYS: usize = 512;
 enum Order {
     Apply(Batch),
     Check,
-    GuardLoaded,
+    GuardLoaded(u64),
 }
 
 /// What the thread has done.
@@ -135,7 +135,7 @@ impl Applier {
                         Done::Applied(Applied { id: batch.id, outcome, ended })
                     }
                     Ok(Order::Check) => Done::Checked(kernel.check()),
-                    Ok(Order::GuardLoaded) => Done::Checked(kernel.guard_loaded()),
+                    Ok(Order::GuardLoaded(skeleton)) => Done::Checked(kernel.guard_loaded(skeleton)),
                     Err(RecvTimeoutError::Timeout) => {
                         kernel.sweep_at = Instant::now() + flows::SWEEP;
                         kernel.flows.sweep(&mut kernel.netlink);
@@ -167,9 +167,9 @@ impl Applier {
         self.order(Order::Check);
     }
 
-    /// The launcher loaded the guard's skeleton again: its sets are filled, its rules taken for the right ones.
-    pub(super) fn guard_loaded(&self) {
-        self.order(Order::GuardLoaded);
+    /// The launcher loaded the guard's skeleton again: its sets are filled. Another skeleton's rules are taken for the right ones.
+    pub(super) fn guard_loaded(&self, skeleton: u64) {
+        self.order(Order::GuardLoaded(skeleton));
     }
 
     fn order(&self, order: Order) {
@@ -333,8 +333,8 @@ impl Kernel {
         Ok(self.guard.refill(&all)?)
     }
 
-    fn guard_loaded(&mut self) -> Checked {
-        let loaded = self.guard.accept().map_err(Into::into).and_then(|()| self.refill());
+    fn guard_loaded(&mut self, skeleton: u64) -> Checked {
+        let loaded = self.guard.accept(skeleton).map_err(Into::into).and_then(|()| self.refill());
         if let Err(error) = loaded {
             debug!(error = format!("{error:#}"), "guard not filled");
         }

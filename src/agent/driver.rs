@@ -543,7 +543,7 @@ impl Driver {
             }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,
-            ToAgent::GuardLoaded => self.kernel.applier.guard_loaded(),
+            ToAgent::GuardLoaded { skeleton } => self.kernel.applier.guard_loaded(skeleton),
             ToAgent::Stop => return Ok(Some(End::Stop)),
         }
         Ok(None)

@@ -148,32 +148,43 @@ pub struct Guard {
     socket: Socket,
     sequence: u32,
     egress: bool,
+    /// Digest of the skeleton that was loaded.
+    skeleton: u64,
     /// Of tables, chains and rules as they were loaded.
     fingerprint: u64,
 }
 
 impl Guard {
-    /// Opens the socket in the calling thread's network namespace and looks which of the two tables are there.
+    /// Opens the socket in the calling thread's network namespace and looks which of the two tables of `skeleton` are there.
     ///
     /// # Errors
     /// [`Error::NoTable`] when the skeleton is missing.
-    pub fn open() -> Result<Self, Error> {
+    pub fn open(skeleton: u64) -> Result<Self, Error> {
         let mut socket = Socket::new(NETLINK_NETFILTER).map_err(Error::Socket)?;
         socket.bind_auto().map_err(Error::Socket)?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(Error::Socket)?;
         socket.set_cap_ack(true).map_err(Error::Socket)?;
         // A transaction that does not fit is refused by the kernel, whole; the system's default holds 5,000 addresses.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER);
-        let mut guard = Self { socket, sequence: 0, egress: false, fingerprint: 0 };
-        guard.accept()?;
+        let mut guard = Self { socket, sequence: 0, egress: false, skeleton, fingerprint: 0 };
+        guard.take_for_right()?;
         Ok(guard)
     }
 
-    /// Takes the skeleton as it is now for the one that the launcher loaded.
+    /// The launcher loaded `skeleton`. One that was loaded before must look as it did then: a change that came between the
+    /// load and this call is none of it.
     ///
     /// # Errors
     /// [`Error::NoTable`] when it is missing.
-    pub fn accept(&mut self) -> Result<(), Error> {
+    pub fn accept(&mut self, skeleton: u64) -> Result<(), Error> {
+        if self.skeleton == skeleton {
+            return if self.has_table(Family::Inet)? { Ok(()) } else { Err(Error::NoTable) };
+        }
+        self.skeleton = skeleton;
+        self.take_for_right()
+    }
+
+    fn take_for_right(&mut self) -> Result<(), Error> {
         if !self.has_table(Family::Inet)? {
             return Err(Error::NoTable);
         }
@@ -287,7 +298,7 @@ impl Guard {
                         for (kind, value) in attributes(message).filter(|(kind, _)| kept.contains(kind)) {
                             hasher.write_u16(kind);
                             hasher.write_usize(value.len());
-                            hasher.write(value);
+                            hasher.write(&without_numbers(value));
                         }
                     }
                 })?;
@@ -599,9 +610,39 @@ fn element(item: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// The expressions of a rule without the numbers that the kernel gives to nameless sets, which differ from load to load: the
+/// digits of `__set4`, and the length of the attribute that they stand in.
+fn without_numbers(expressions: &[u8]) -> Vec<u8> {
+    const NAMELESS: &[u8] = b"__set";
+    let mut bytes = expressions.to_vec();
+    let starts: Vec<usize> =
+        bytes.windows(NAMELESS.len()).enumerate().filter(|(_, w)| *w == NAMELESS).map(|(at, _)| at).collect();
+    for at in starts {
+        if let Some(length) = at.checked_sub(4).and_then(|header| bytes.get_mut(header..header + 2)) {
+            length.fill(0);
+        }
+        bytes
+            .iter_mut()
+            .skip(at + NAMELESS.len())
+            .take_while(|byte| byte.is_ascii_digit())
+            .for_each(|byte| *byte = 0);
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_looks_the_same_whatever_number_its_nameless_set_has() {
+        // An attribute of 11 or 12 bytes: length, kind, name with its end, padding.
+        let rule = |length: u8, name: &[u8; 8]| [&[9, 9, length, 0, 1, 0][..], name, &[7, 7]].concat();
+        let first = without_numbers(&rule(11, b"__set9\0\0"));
+        assert_eq!(first, without_numbers(&rule(12, b"__set10\0")));
+        assert_ne!(first, without_numbers(&rule(11, b"__map9\0\0")));
+        assert_eq!(without_numbers(b"__set"), b"__set");
+    }
 
     fn lengths(bytes: &[u8]) -> Vec<(u16, u16, u32, usize)> {
         let (mut rest, mut found) = (bytes, Vec::new());

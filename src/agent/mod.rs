@@ -197,7 +197,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
     let own: Vec<IpAddr> = init.addresses.iter().map(|own| own.address).collect();
     let dns_ports = init.dns_ports.0..=init.dns_ports.1;
     let mut netlink = Netlink::open()?;
-    let guard = Guard::open()?;
+    let guard = Guard::open(init.skeleton)?;
     let sockets = sockets(&own, init.port, carried.sockets)?;
     let mut held = Vec::new();
     if init.hold_dns_ports {

@@ -129,6 +129,7 @@ impl Plan {
         aws_lc_rs::rand::fill(&mut init.seed.0).map_err(|_| anyhow!("the system gives no random numbers"))?;
         init.carried = carried;
         init.parked = parked;
+        init.skeleton = self.skeleton.digest();
         init.place.runtime = runtime.to_owned();
         Ok(init)
     }
@@ -205,6 +206,7 @@ fn init(
         hold_dns_ports: network.dns_ports.keep_bound,
         inject: arguments.inject.into(),
         mode: arguments.mode.into(),
+        skeleton: 0,
         seed: Seed([0; 32]),
         rekey_after_s: arguments.rekey_after,
     }

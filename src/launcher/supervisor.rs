@@ -128,7 +128,7 @@ impl<'a> Supervisor<'a> {
         self.started = Instant::now();
         self.queue = self.plan.whole();
         // The skeleton may be another build's.
-        self.queue.push_back(ToAgent::GuardLoaded);
+        self.queue.push_back(self.guard_loaded());
         let same = adopted.fingerprint == self.plan.init.fingerprint()
             && executable().is_ok_and(|own| own == adopted.executable);
         if !same {
@@ -286,10 +286,14 @@ impl<'a> Supervisor<'a> {
     /// The guard's skeleton is loaded again; the agent refills its sets.
     fn load_guard(&mut self) {
         match guard::load(&self.plan.netns_fd, &self.plan.skeleton) {
-            Ok(_) => self.queue.push_back(ToAgent::GuardLoaded),
+            Ok(_) => self.queue.push_back(self.guard_loaded()),
             // It asks again.
             Err(error) => warn!(error = super::process::describe(&error), "the guard cannot be loaded again"),
         }
+    }
+
+    fn guard_loaded(&self) -> ToAgent {
+        ToAgent::GuardLoaded { skeleton: self.plan.skeleton.digest() }
     }
 
     /// Opens what `--guard-first` closed; the agent takes the rules for the right ones.
@@ -299,7 +303,7 @@ impl<'a> Supervisor<'a> {
     pub(super) fn open_gate(&mut self) -> Result<(), guard::Error> {
         self.plan.skeleton.gate = Gate::Open;
         guard::load(&self.plan.netns_fd, &self.plan.skeleton)?;
-        self.queue.push_back(ToAgent::GuardLoaded);
+        self.queue.push_back(self.guard_loaded());
         Ok(())
     }
 

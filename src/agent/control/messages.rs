@@ -127,6 +127,8 @@ pub struct Init {
     pub inject: Inject,
     /// The rung of the ladder.
     pub mode: Mode,
+    /// Digest of the guard's skeleton.
+    pub skeleton: u64,
     /// Seed of the engine's random numbers.
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
@@ -165,8 +167,11 @@ pub enum ToAgent {
     HandOver,
     /// To a parked agent: its predecessor has ended. Descriptor: what that one handed over; none: it gave nothing.
     Resume,
-    /// The launcher has loaded the guard's skeleton again.
-    GuardLoaded,
+    /// The launcher has loaded the guard's skeleton again, or another one.
+    GuardLoaded {
+        /// Its digest.
+        skeleton: u64,
+    },
     /// Tear everything down, answer [`FromAgent::Stopped`], exit.
     Stop,
     /// Answered with [`FromAgent::Flows`] and [`FromAgent::Report`].
@@ -239,7 +244,7 @@ impl Message for ToAgent {
             | Self::Ping
             | Self::Report
             | Self::HandOver
-            | Self::GuardLoaded
+            | Self::GuardLoaded { .. }
             | Self::Stop => 0,
         }
     }

@@ -35,6 +35,7 @@ fn init() -> Init {
         hold_dns_ports: false,
         inject: Inject::Auto,
         mode: Mode::Strict,
+        skeleton: 0,
         seed: Seed([9; 32]),
         rekey_after_s: None,
     }

@@ -29,6 +29,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
 use serde::Deserialize;
+use siphasher::sip::SipHasher13;
 
 pub use self::ruleset::{Reason, ruleset};
 use crate::agent::guard::TABLE;
@@ -55,6 +56,14 @@ pub struct Skeleton {
     pub resolvers: Vec<IpAddr>,
     /// LO-HI: the ports of the agent's own sockets towards the resolvers.
     pub dns_ports: RangeInclusive<u16>,
+}
+
+impl Skeleton {
+    /// Tells this skeleton from others, also those of other builds.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        SipHasher13::new().hash(ruleset(self, true).as_bytes())
+    }
 }
 
 /// Whether the pod speaks at all.
