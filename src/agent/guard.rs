@@ -30,7 +30,7 @@ pub const SET4: &str = "protected4";
 pub const SET6: &str = "protected6";
 
 /// The chains of both tables.
-pub const CHAINS: [&str; 10] = [
+pub const CHAINS: [&str; 13] = [
     "postrouting",
     "prerouting",
     "egress",
@@ -40,7 +40,10 @@ pub const CHAINS: [&str; 10] = [
     "closed_outbound",
     "inbound",
     "closed_inbound",
-    "record",
+    "record_outbound",
+    "record_egress",
+    "record_inbound",
+    "record_dns",
 ];
 
 /// Elements per message: a nested attribute holds less than 64 KiB, an IPv6 element takes 28 bytes.

@@ -238,7 +238,7 @@ fn spoofed_in_clear(lab: &Lab) {
 
 fn spoofed(lab: &Lab) {
     let attack = Attack::on(lab, VICTIM);
-    let canary = load::under_load(lab, |_| {
+    let canary = load::under_load(lab, load::Size::SMALL, |_| {
         for from in names(lab) {
             let drops = status::drops(lab, VICTIM);
             let refused = lab.guard_counters(VICTIM);
@@ -366,7 +366,7 @@ fn project_key(lab: &Lab) -> ProjectKey {
 
 fn forged(lab: &Lab) {
     let (attack, key) = (Attack::on(lab, VICTIM), project_key(lab));
-    let canary = load::under_load(lab, |load| {
+    let canary = load::under_load(lab, load::Size::SMALL, |load| {
         for from in lab.pod(PEER).addresses() {
             let to = attack.victim.address(from);
             let tap = attack.victim.sniff();

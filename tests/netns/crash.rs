@@ -3,15 +3,14 @@
 //! 1. `load` works through the tunnel
 //! 2. a round does something to the agent or the launcher of shop-client or shop-web2, in turn
 //! 3. the successor is the new process named tencrypt-agent in the pod's namespace; from its start (or from SIGCONT) on, the
-//!    first datagram may take [`limit`]
-//! 4. after each round every TCP connection goes on
+//!    first datagram may take [`limit`] in 99 of 100 rounds
+//! 4. after each round every TCP connection goes on with the server it had, and no reset was seen
 //!
 //! May touch: the agents and launchers of the lab, its pids folder, its key file.
 
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,30 +20,35 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::Case;
+use crate::cgroup::NoMemory;
 use crate::lab::{Agents, BACKENDS, Lab, PROJECT};
-use crate::load::{CLIENT, Canary, Load, SERVER, under_load, under_load_of_pods};
+use crate::load::{CLIENT, Canary, Load, SERVER, Size, under_load, under_load_of_pods};
 
 /// The cases of this file.
 pub const CASES: &[Case] = &[
     Case::new("control_crash_load_without_agents_trips_the_leak_detector", load_trips)
         .agents(Agents::Off)
         .looks_itself(),
-    Case::new("crash_a_killed_agent_is_replaced_and_connections_live_on", agent_killed).sealed().seconds(900),
+    Case::new("crash_a_killed_agent_is_replaced_and_connections_live_on", agent_killed)
+        .sealed()
+        .seconds(1_800),
     Case::new("crash_an_aborted_agent_is_replaced_and_connections_live_on", agent_aborted)
         .sealed()
-        .seconds(900),
+        .seconds(1_800),
     Case::new("crash_an_agent_without_memory_is_replaced_and_connections_live_on", out_of_memory)
         .sealed()
-        .seconds(900),
+        .seconds(1_800),
     Case::new("crash_an_agent_frozen_for_a_moment_goes_on", agent_paused).sealed(),
     Case::new("crash_a_frozen_agent_is_replaced_and_connections_live_on", agent_frozen)
         .sealed()
         .seconds(3_600),
-    Case::new("crash_a_new_launcher_adopts_the_agent_of_a_killed_one", launcher_killed).sealed().seconds(900),
+    Case::new("crash_a_new_launcher_adopts_the_agent_of_a_killed_one", launcher_killed)
+        .sealed()
+        .seconds(1_800),
     Case::new("crash_a_new_launcher_goes_on_after_both_were_killed", both_killed).sealed().seconds(1_800),
-    Case::new("crash_an_upgrade_loses_and_repeats_no_packet", upgraded).sealed().seconds(300),
+    Case::new("crash_an_upgrade_loses_and_repeats_no_packet", upgraded).sealed().seconds(600),
     Case::new("crash_a_launcher_that_leaves_is_followed_by_another", launcher_leaves).sealed().seconds(300),
-    Case::new("crash_a_key_rotation_loses_no_packet", key_rotated).sealed().seconds(300),
+    Case::new("crash_a_key_rotation_loses_no_packet", key_rotated).sealed().seconds(1_200),
 ];
 
 /// How long a successor may take to be there.
@@ -81,65 +85,42 @@ fn agent_aborted(lab: &Lab) {
 }
 
 fn agent_dies(lab: &Lab, signal: Signal, rounds: usize) {
-    let mut times = Vec::new();
-    let canary = under_load(lab, |load| {
+    let mut times = Times::default();
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds {
             settle();
             let pod = victim(round);
             let old = agent(lab, pod);
             kill(old, signal).expect("kill");
-            times.push(back(lab, load, pod, old));
-            load.assert_connections_go_on();
+            times.back.push(back(lab, load, pod, old));
+            times.goes_on(load);
         }
     });
     report(signal.as_str(), &mut times, &canary);
 }
 
-/// An address space that may not grow, and flow after flow until it has to.
+/// A memory limit that the next allocation meets: the kernel's OOM killer ends the agent.
 fn out_of_memory(lab: &Lab) {
-    let mut times = Vec::new();
-    let canary = under_load(lab, |load| {
-        // Flows outlive the agent: after a dozen rounds the table is as large as it gets, and nothing grows any more.
-        for round in 0..rounds(1, 8) {
+    let no_memory = NoMemory::new();
+    let mut times = Times::default();
+    let canary = under_load(lab, Size::SMALL, |load| {
+        for round in 0..rounds(2, 100) {
             settle();
             let pod = victim(round);
-            let old = agent(lab, pod);
-            let limited = Command::new("prlimit").args(["--pid", &old.to_string(), "--as=1"]).status();
-            assert!(limited.is_ok_and(|status| status.success()), "prlimit --as");
-            thread::scope(|scope| {
-                let came_back = scope.spawn(|| back(lab, load, pod, old));
-                open_flows(lab, |tried| came_back.is_finished() || tried.elapsed() > SUCCESSOR_LIMIT);
-                times.push(came_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            });
-            load.assert_connections_go_on();
+            let (old, kills) = (agent(lab, pod), no_memory.kills());
+            no_memory.take(old);
+            times.back.push(back(lab, load, pod, old));
+            assert_eq!(no_memory.kills(), kills + 1, "{pod}: the agent ended, but not for want of memory");
+            times.goes_on(load);
         }
     });
-    report("RLIMIT_AS", &mut times, &canary);
-}
-
-/// One datagram to each port of the server, from one socket after the other, until it is enough.
-fn open_flows(lab: &Lab, enough: impl Fn(Instant) -> bool) {
-    let started = Instant::now();
-    let to = lab.pod(SERVER).v4;
-    while !enough(started) {
-        let socket = lab.pod(CLIENT).udp_for(to.into());
-        for port in 10_000..30_000 {
-            // Lost or refused, it was a flow.
-            let _ = socket.send_to(b"flow", (to, port));
-            if port % 50 == 0 {
-                thread::sleep(Duration::from_millis(1));
-                if enough(started) {
-                    return;
-                }
-            }
-        }
-    }
+    report("memory limit", &mut times, &canary);
 }
 
 /// Too short to count as dead: the same agent goes on.
 fn agent_paused(lab: &Lab) {
-    let mut times = Vec::new();
-    let canary = under_load(lab, |load| {
+    let mut times = Times::default();
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds(2, 20) {
             let pod = victim(round);
             let old = agent(lab, pod);
@@ -147,8 +128,8 @@ fn agent_paused(lab: &Lab) {
             thread::sleep(Duration::from_millis(1_000));
             let continued = Instant::now();
             kill(old, Signal::SIGCONT).expect("continue");
-            times.push(arrival(load, continued));
-            load.assert_connections_go_on();
+            times.back.push(arrival(load, continued));
+            times.goes_on(load);
             assert_eq!(agent(lab, pod), old, "{pod}: an agent that was slow for a second was replaced");
         }
     });
@@ -157,25 +138,25 @@ fn agent_paused(lab: &Lab) {
 
 fn agent_frozen(lab: &Lab) {
     let frozen = Duration::from_secs(if crate::long() { 10 } else { 5 });
-    let mut times = Vec::new();
-    let canary = under_load(lab, |load| {
+    let mut times = Times::default();
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds(1, 100) {
             let pod = victim(round);
             let old = agent(lab, pod);
             let stopped = Instant::now();
             kill(old, Signal::SIGSTOP).expect("stop");
-            times.push(back(lab, load, pod, old));
+            times.back.push(back(lab, load, pod, old));
             thread::sleep(frozen.saturating_sub(stopped.elapsed()));
             // It was killed meanwhile and is nobody's any more.
             assert!(kill(old, Signal::SIGCONT).is_err(), "{pod}: the frozen agent is still there");
-            load.assert_connections_go_on();
+            times.goes_on(load);
         }
     });
     report("SIGSTOP", &mut times, &canary);
 }
 
 fn launcher_killed(lab: &Lab) {
-    let canary = under_load(lab, |load| {
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds(2, 50) {
             let pod = victim(round);
             let old = agent(lab, pod);
@@ -183,6 +164,7 @@ fn launcher_killed(lab: &Lab) {
             thread::sleep(Duration::from_millis(300));
             relaunch(lab, pod);
             load.assert_connections_go_on();
+            load.assert_no_reset();
             assert_eq!(agent(lab, pod), old, "{pod}: the new launcher did not adopt the agent");
         }
     });
@@ -190,8 +172,8 @@ fn launcher_killed(lab: &Lab) {
 }
 
 fn both_killed(lab: &Lab) {
-    let mut times = Vec::new();
-    let canary = under_load(lab, |load| {
+    let mut times = Times::default();
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds(2, 50) {
             let pod = victim(round);
             let old = agent(lab, pod);
@@ -206,19 +188,25 @@ fn both_killed(lab: &Lab) {
             thread::scope(|scope| {
                 let came_back = scope.spawn(|| back(lab, load, pod, old));
                 relaunch(lab, pod);
-                times.push(came_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+                times.back.push(came_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
             });
-            load.assert_connections_go_on();
+            times.goes_on(load);
         }
     });
     report("SIGKILL of both", &mut times, &canary);
 }
 
+/// What is in use while agents are replaced in order.
+fn in_use() -> Size {
+    if crate::long() { Size { silent: 1_000, busy: 20 } } else { Size { silent: 100, busy: 6 } }
+}
+
 fn upgraded(lab: &Lab) {
-    let canary = under_load(lab, |load| {
+    let canary = under_load(lab, in_use(), |load| {
         for round in 0..rounds(5, 20) {
             renew(lab, &[victim(round)]);
             load.assert_connections_go_on();
+            load.assert_no_reset();
             thread::sleep(Duration::from_millis(200));
         }
     });
@@ -226,43 +214,57 @@ fn upgraded(lab: &Lab) {
 }
 
 fn launcher_leaves(lab: &Lab) {
-    let canary = under_load(lab, |load| {
+    let canary = under_load(lab, Size::SMALL, |load| {
         for round in 0..rounds(2, 20) {
             let pod = victim(round);
             let old = agent(lab, pod);
             end_launcher(lab, pod, Signal::SIGQUIT);
             relaunch(lab, pod);
             load.assert_connections_go_on();
+            load.assert_no_reset();
             assert_eq!(agent(lab, pod), old, "{pod}: the new launcher did not adopt the agent");
         }
     });
     assert_none_lost(&canary);
 }
 
-/// The new key is accepted everywhere, then used everywhere, then the old one goes.
 fn key_rotated(lab: &Lab) {
+    let mut times = Vec::new();
+    let canary = under_load(lab, in_use(), |load| {
+        for _ in 0..rounds(1, 20) {
+            rotate(lab, load, &mut times);
+        }
+    });
+    crate::say(&format!("all connections after {times:?}"));
+    assert_none_lost(&canary);
+    shake_hands_anew(lab, "shop-client2");
+    shake_hands_anew(lab, CLIENT);
+}
+
+/// The new key is accepted everywhere, then used everywhere, then the old one goes.
+fn rotate(lab: &Lab, load: &Load, times: &mut Vec<Duration>) {
     let file = lab.key_file(PROJECT);
-    let old = fs::read_to_string(&file).expect("the key file").trim().to_owned();
+    let text = fs::read_to_string(&file).expect("the key file");
+    let old = text.trim().trim_start_matches("use ");
     let mut bytes = [0; 32];
     fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("random bytes");
     let new = STANDARD.encode(bytes);
     let steps =
         [format!("use {old}\naccept {new}\n"), format!("use {new}\naccept {old}\n"), format!("use {new}\n")];
-    let canary = under_load(lab, |load| {
-        for text in steps {
-            // In place: the file keeps its owner and its mode.
-            fs::write(&file, text).expect("the key file");
-            renew(lab, &[CLIENT, "shop-web1"]);
-            // Between the halves, and with no session to go on with.
-            shake_hands_anew(lab, "shop-client2");
-            renew(lab, &["shop-client2", SERVER]);
-            load.assert_connections_go_on();
+    for text in steps {
+        // In place: the file keeps its owner and its mode.
+        fs::write(&file, text).expect("the key file");
+        renew(lab, &[CLIENT, "shop-web1"]);
+        // Between the halves, and with no session to go on with.
+        if crate::long() {
+            // Else its pauses grow, and with them those of the connections through it.
+            thread::sleep(SETTLED);
         }
-    });
-    fs::write(&file, format!("{new}\n")).expect("the key file");
-    assert_none_lost(&canary);
-    shake_hands_anew(lab, "shop-client2");
-    shake_hands_anew(lab, CLIENT);
+        shake_hands_anew(lab, "shop-client2");
+        renew(lab, &["shop-client2", SERVER]);
+        times.push(load.assert_connections_go_on());
+        load.assert_no_reset();
+    }
 }
 
 /// Kills an agent, sessions and all, and has the pod speak to both backends.
@@ -306,9 +308,7 @@ fn await_successor(lab: &Lab, pod: &str, old: Pid) {
 }
 
 fn arrival(load: &Load, since: Instant) -> Duration {
-    let took = load.arrival_since(since, Duration::from_secs(10)).expect("no datagram arrives any more");
-    assert!(took <= limit(), "the first datagram took {took:?}");
-    took
+    load.arrival_since(since, Duration::from_secs(10)).expect("no datagram arrives any more")
 }
 
 /// Ends the launcher alone.
@@ -370,20 +370,44 @@ fn settle() {
 }
 
 fn assert_none_lost(canary: &Canary) {
-    let Canary { sent, lost, twice, first_lost } = canary;
+    let Canary { sent, lost, twice, gaps } = canary;
     crate::say(&format!("in order: {sent} datagrams sent, {lost} lost, {twice} twice"));
-    assert!(*lost == 0 && *twice == 0, "{lost} of {sent} lost (first {first_lost:?}), {twice} twice");
+    assert!(*lost == 0 && *twice == 0, "{lost} of {sent} lost (from, count: {gaps:?}), {twice} twice");
 }
 
-fn report(what: &str, times: &mut [Duration], canary: &Canary) {
-    times.sort();
-    let at = |percent: usize| times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1];
+/// What the rounds took.
+#[derive(Default)]
+struct Times {
+    /// From the successor's start to the first datagram.
+    back: Vec<Duration>,
+    /// From then until every TCP connection went on: the kernel's patience, most of it.
+    tcp: Vec<Duration>,
+}
+
+impl Times {
+    /// Waits until every TCP connection goes on.
+    fn goes_on(&mut self, load: &Load) {
+        self.tcp.push(load.assert_connections_go_on());
+        load.assert_no_reset();
+    }
+}
+
+fn report(what: &str, times: &mut Times, canary: &Canary) {
+    let Times { back, tcp } = times;
+    back.sort();
+    tcp.sort();
+    let at = |times: &[Duration], percent: usize| {
+        times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1]
+    };
+    let Canary { sent, lost, twice, .. } = canary;
+    let percents = |times: &[Duration]| [50, 99, 100].map(|percent| at(times, percent));
     crate::say(&format!(
-        "{what}: {} rounds, first datagram after median {:?}, p99 {:?}, longest {:?}; {canary:?}",
-        times.len(),
-        at(50),
-        at(99),
-        at(100)
+        "{what}: {} rounds; median, p99, longest: first datagram after {:?}, all connections after {:?}; {lost} of {sent} lost",
+        back.len(),
+        percents(back),
+        percents(tcp)
     ));
-    assert_eq!(canary.twice, 0, "a datagram arrived twice");
+    let p99 = at(back, 99);
+    assert!(p99 <= limit(), "{what}: the first datagram took {p99:?}: {back:?}");
+    assert_eq!(*twice, 0, "a datagram arrived twice");
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::Case;
 use crate::lab::{Lab, PROJECT, PROTECTED, pool_vips};
-use crate::load::{await_route, route_to, under_load};
+use crate::load::{Size, await_route, route_to, under_load};
 use crate::services::{Service, replace};
 
 /// The cases of this file.
@@ -71,7 +71,7 @@ fn trouble(lab: &Lab) {
     let directory = &lab.directory(PROJECT);
     let saved = read(directory);
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let canary = under_load(lab, |load| {
+        let canary = under_load(lab, Size::SMALL, |load| {
             let check = |what: &str| {
                 crate::say(what);
                 load.assert_connections_go_on();

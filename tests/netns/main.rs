@@ -18,6 +18,7 @@
 mod attackers;
 mod audit;
 mod bridge;
+mod cgroup;
 mod crash;
 mod directory;
 mod dns;
@@ -36,6 +37,7 @@ mod replays;
 mod services;
 mod snapshot;
 mod status;
+mod stopping;
 mod takeover;
 mod tamper;
 mod untouched;
@@ -137,6 +139,7 @@ fn main() -> std::process::ExitCode {
         ladder::CASES,
         audit::CASES,
         lifecycle::CASES,
+        stopping::CASES,
         crash::CASES,
         takeover::CASES,
         directory::CASES,

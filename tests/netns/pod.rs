@@ -239,6 +239,34 @@ impl Sniffer {
         sk::send(self.fd.as_raw_fd(), frame, sk::MsgFlags::empty()).expect("send a frame");
     }
 
+    /// From now on each frame carries the kernel's time stamp.
+    pub fn stamp(&self) {
+        sk::setsockopt(&self.fd, sk::sockopt::ReceiveTimestampns, &true).expect("SO_TIMESTAMPNS");
+    }
+
+    /// As [`Self::drain`], each frame with the time since 1970 at which it passed the device. Needs [`Self::stamp`].
+    pub fn drain_stamped(&self) -> Vec<(Duration, Vec<u8>)> {
+        let mut frames = Vec::new();
+        let mut buffer = vec![0; 70_000];
+        let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec);
+        loop {
+            let mut parts = [io::IoSliceMut::new(&mut buffer)];
+            let flags = sk::MsgFlags::MSG_DONTWAIT;
+            let received =
+                sk::recvmsg::<sk::LinkAddr>(self.fd.as_raw_fd(), &mut parts, Some(&mut control), flags);
+            let Ok(message) = received else { return frames };
+            let stamp = message.cmsgs().expect("control messages").find_map(|control| match control {
+                sk::ControlMessageOwned::ScmTimestampns(at) => Some(at),
+                _ => None,
+            });
+            let length = message.bytes;
+            // None: it passed before the option was set.
+            if let Some(at) = stamp {
+                frames.push((at.into(), buffer[..length].to_vec()));
+            }
+        }
+    }
+
     /// Waits for a frame that `pick` turns into something.
     pub fn wait<T>(&self, limit: Duration, mut pick: impl FnMut(&[u8]) -> Option<T>) -> Option<T> {
         let end = Instant::now() + limit;

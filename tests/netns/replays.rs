@@ -102,7 +102,7 @@ fn replayed_in_clear(lab: &Lab) {
 
 fn replayed(lab: &Lab) {
     let attack = Attack::on(lab, VICTIM);
-    let canary = load::under_load(lab, |_| {
+    let canary = load::under_load(lab, load::Size::SMALL, |_| {
         for from in lab.pod(PEER).addresses() {
             let before = status::drops(lab, VICTIM);
             let (counts, stream) = replay(lab, &attack, from, &replaying(lab, from));
@@ -120,7 +120,7 @@ fn replayed(lab: &Lab) {
 fn replayed_handshakes(lab: &Lab) {
     let attack = Attack::on(lab, VICTIM);
     let tap = attack.victim.sniff();
-    let canary = load::under_load(lab, |_| {
+    let canary = load::under_load(lab, load::Size::SMALL, |_| {
         let (mut asked, mut answered) = (BTreeMap::<[u8; 4], u64>::new(), BTreeMap::<[u8; 4], u64>::new());
         let mut replays = 0;
         let before = status::drops(lab, VICTIM);

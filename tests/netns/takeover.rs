@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use crate::Case;
 use crate::crash::{agent, agents_in, end_launcher, launcher, relaunch};
 use crate::lab::{Agents, Lab, Launched, PROJECT};
-use crate::load::{CLIENT, under_load};
+use crate::load::{CLIENT, Size, under_load};
 use crate::services::copy_directory;
 
 /// The cases of this file.
@@ -94,7 +94,7 @@ fn gate_stopped(lab: &Lab) {
 }
 
 fn hand_over_broken_off(lab: &Lab) {
-    let canary = under_load(lab, |load| {
+    let canary = under_load(lab, Size::SMALL, |load| {
         for after in [0, 100, 400] {
             let old = agent(lab, CLIENT);
             // It does not get to reading the order before its launcher is dead.

@@ -22,7 +22,7 @@ use serde_json::Value;
 use crate::Case;
 use crate::lab::{Lab, Ran, external, run, tencrypt};
 use crate::lifecycle::StopAtEnd;
-use crate::load::{CLIENT, Load, under_load};
+use crate::load::{CLIENT, Load, Size, under_load};
 use crate::packets::{self, CANARY};
 use crate::snapshot::Snapshot;
 
@@ -274,7 +274,7 @@ impl Drop for Round<'_> {
 /// Runs `f` while the application works and a datagram of it goes to every protected address each millisecond or two.
 fn under_fire(lab: &Lab, f: impl FnOnce(&mut Scene<'_>)) {
     let world = World::of(lab);
-    let canary = under_load(lab, |load| {
+    let canary = under_load(lab, Size::SMALL, |load| {
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let _stop = StopAtEnd(&stop);
