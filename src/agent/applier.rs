@@ -60,6 +60,8 @@ pub(super) struct Applied {
 /// What a check found.
 #[derive(Debug, Default)]
 pub(super) struct Checked {
+    /// The launcher had just loaded the guard.
+    pub(super) after_load: bool,
     /// Put right.
     pub(super) repaired: Vec<Tampering>,
     /// Beyond the agent's power, or not its to change.
@@ -338,7 +340,7 @@ impl Kernel {
         if let Err(error) = loaded {
             debug!(error = format!("{error:#}"), "guard not filled");
         }
-        self.check()
+        Checked { after_load: true, ..self.check() }
     }
 
     fn check_links(&mut self, checked: &mut Checked) -> anyhow::Result<()> {

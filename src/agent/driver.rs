@@ -455,8 +455,8 @@ impl Driver {
         for kind in self.tampering.record(&checked.repaired, &checked.standing) {
             warn!(kind = kind.as_str(), "tampering that stays");
         }
-        // Asked for at every check until it helps; the checks keep the pace.
-        if checked.standing.iter().any(|kind| kind.needs_reload()) {
+        // Asked for at every check until it helps. The checks keep the pace: a load makes the next one due.
+        if !checked.after_load && checked.standing.iter().any(|kind| kind.needs_reload()) {
             self.session.tell(&FromAgent::GuardLost, &[]);
         }
         if let Some(tun) = checked.new_tun {

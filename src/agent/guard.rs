@@ -10,7 +10,7 @@
 //!
 //! Source: linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::Hasher as _;
 use std::io;
@@ -270,44 +270,49 @@ impl Guard {
     }
 
     /// What says whether tables, hooks and rules are those that were loaded; and whether there is a chain besides [`CHAINS`].
+    /// The order of rules counts, that of chains does not: one that was deleted comes back as the last one.
     fn take_fingerprint(&mut self) -> Result<(u64, bool), Error> {
-        let mut hasher = SipHasher13::new();
+        let mut digests = BTreeMap::<(u8, u16, Vec<u8>), SipHasher13>::new();
         let mut foreign = false;
         for family in self.families() {
-            for (kind, name, kept) in [
-                (GET_TABLE, ATTR_TABLE_NAME, &[ATTR_TABLE_NAME, ATTR_TABLE_FLAGS][..]),
-                (GET_CHAIN, ATTR_CHAIN_TABLE, &[ATTR_CHAIN_NAME, ATTR_CHAIN_HOOK, ATTR_CHAIN_POLICY]),
-                (GET_RULE, ATTR_RULE_TABLE, &[ATTR_RULE_CHAIN, ATTR_RULE_EXPRESSIONS]),
+            for (kind, table, chain, kept) in [
+                (GET_TABLE, ATTR_TABLE_NAME, None, &[ATTR_TABLE_FLAGS][..]),
+                (GET_CHAIN, ATTR_CHAIN_TABLE, Some(ATTR_CHAIN_NAME), &[ATTR_CHAIN_HOOK, ATTR_CHAIN_POLICY]),
+                (GET_RULE, ATTR_RULE_TABLE, Some(ATTR_RULE_CHAIN), &[ATTR_RULE_EXPRESSIONS]),
             ] {
-                self.dump(kind, *family, &[(name, TABLE)], |message| {
+                self.dump(kind, *family, &[(table, TABLE)], |message| {
+                    let value =
+                        |wanted| attributes(message).find(|(kind, _)| *kind == wanted).map(|(_, v)| v);
                     // The kernel filters rules by table; tables and chains come all.
-                    let ours = |(k, value): (u16, &[u8])| {
-                        k == name && value.strip_suffix(&[0]) == Some(TABLE.as_bytes())
-                    };
-                    let chain = match kind {
-                        GET_CHAIN => Some(ATTR_CHAIN_NAME),
-                        GET_RULE => Some(ATTR_RULE_CHAIN),
-                        _ => None,
-                    };
-                    let known = |(k, value): (u16, &[u8])| {
-                        Some(k) != chain
-                            || CHAINS.iter().any(|c| value.strip_suffix(&[0]) == Some(c.as_bytes()))
-                    };
-                    if !attributes(message).any(ours) {
+                    if value(table).and_then(|name| name.strip_suffix(&[0])) != Some(TABLE.as_bytes()) {
                         return;
                     }
-                    foreign |= !attributes(message).all(known);
-                    if attributes(message).all(known) {
-                        for (kind, value) in attributes(message).filter(|(kind, _)| kept.contains(kind)) {
-                            hasher.write_u16(kind);
-                            hasher.write_usize(value.len());
-                            hasher.write(&without_numbers(value));
-                        }
+                    let name = chain.map(|chain| {
+                        value(chain).and_then(|name| name.strip_suffix(&[0])).unwrap_or_default()
+                    });
+                    if name.is_some_and(|name| !CHAINS.iter().any(|chain| chain.as_bytes() == name)) {
+                        foreign = true;
+                        return;
+                    }
+                    let key = (*family as u8, kind, name.unwrap_or_default().to_vec());
+                    let digest = digests.entry(key).or_default();
+                    digest.write_u8(0);
+                    for (kind, value) in attributes(message).filter(|(kind, _)| kept.contains(kind)) {
+                        digest.write_u16(kind);
+                        digest.write_usize(value.len());
+                        digest.write(&without_numbers(value));
                     }
                 })?;
             }
         }
-        Ok((hasher.finish(), foreign))
+        let mut all = SipHasher13::new();
+        for ((family, kind, name), digest) in digests {
+            all.write_u8(family);
+            all.write_u16(kind);
+            all.write(&name);
+            all.write_u64(digest.finish());
+        }
+        Ok((all.finish(), foreign))
     }
 
     /// Feeds `each` the attributes of every object of a dump.

@@ -99,6 +99,7 @@ impl<'l> Scene<'l> {
 
     /// What is not as before. A device that was made again has another number.
     fn differences(&self) -> Vec<String> {
+        self.load.assert_no_reset();
         let now = Snapshot::of(&self.lab.pod(CLIENT).netns);
         let lines = self.before.difference(&now);
         lines.into_iter().filter(|line| !line.contains(": tenc0:")).collect()
