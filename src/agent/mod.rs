@@ -310,7 +310,7 @@ fn zone(init: &Init) -> anyhow::Result<Option<Name>> {
 }
 
 fn options(init: &Init) -> Options {
-    let mut options = Options::default();
+    let mut options = Options::of(init.suite);
     if let Some(seconds) = init.rekey_after_s {
         options.rekey_after = Duration::from_secs(seconds);
     }

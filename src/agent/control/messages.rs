@@ -13,7 +13,7 @@ use zeroize::ZeroizeOnDrop;
 use super::{MESSAGE_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
-use crate::proto::noise::StaticSecret;
+use crate::proto::noise::{StaticSecret, Suite};
 
 /// Room for encoded changes in one [`ToAgent::Changes`]: the rest is the variant and the count.
 const CHUNK_MAX: usize = MESSAGE_MAX - 16;
@@ -127,6 +127,8 @@ pub struct Init {
     pub inject: Inject,
     /// The rung of the ladder.
     pub mode: Mode,
+    /// The AEAD of the project.
+    pub suite: Suite,
     /// Seed of the engine's random numbers.
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
@@ -260,7 +262,7 @@ impl Init {
         };
         let keys: Vec<_> = self.addresses.iter().map(public).collect();
         let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
-        let said = (keys, network, self.inject, self.mode, self.rekey_after_s);
+        let said = (keys, network, self.inject, self.mode, self.suite, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
         Sha256::digest(encoded).into()
     }

@@ -11,7 +11,7 @@ use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
 use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use crate::proto::ladder::Mode;
-use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
+use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret, Suite};
 
 fn init() -> Init {
     Init {
@@ -35,6 +35,7 @@ fn init() -> Init {
         hold_dns_ports: false,
         inject: Inject::Auto,
         mode: Mode::Strict,
+        suite: Suite::default(),
         seed: Seed([9; 32]),
         rekey_after_s: None,
     }
@@ -116,6 +117,7 @@ fn the_fingerprint_changes_with_what_an_agent_is_told_and_with_nothing_else() {
         Init { resolvers: Vec::new(), ..first.clone() },
         Init { inject: Inject::Raw, ..first.clone() },
         Init { mode: Mode::Audit, ..first.clone() },
+        Init { suite: Suite::Aes256Gcm, ..first.clone() },
     ] {
         assert_ne!(first.fingerprint(), other.fingerprint());
     }
