@@ -137,6 +137,10 @@ pub struct Launch {
     /// Close the pod first, before anything else is known, and open it when it is protected.
     #[arg(long)]
     pub guard_first: bool,
+    /// How many microseconds (0 to 30) the agent waits awake for the next packet while packets come close together: shorter
+    /// round trips for processor time.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 30, value_parser = clap::value_parser!(u8).range(..=30))]
+    pub spin: u8,
     /// Rekey sooner than the protocol's 120 s. For tests.
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub rekey_after: Option<u64>,

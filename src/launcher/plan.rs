@@ -205,6 +205,7 @@ fn init(
         inject: arguments.inject.into(),
         mode: arguments.mode.into(),
         suite: arguments.cipher.into(),
+        spin_us: arguments.spin,
         seed: Seed([0; 32]),
         rekey_after_s: arguments.rekey_after,
     }

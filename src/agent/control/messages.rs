@@ -129,6 +129,8 @@ pub struct Init {
     pub mode: Mode,
     /// The AEAD of the project.
     pub suite: Suite,
+    /// How long the loop waits awake for the next packet, in microseconds; 0: not at all.
+    pub spin_us: u8,
     /// Seed of the engine's random numbers.
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
@@ -262,7 +264,7 @@ impl Init {
         };
         let keys: Vec<_> = self.addresses.iter().map(public).collect();
         let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
-        let said = (keys, network, self.inject, self.mode, self.suite, self.rekey_after_s);
+        let said = (keys, network, self.inject, self.mode, self.suite, self.spin_us, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
         Sha256::digest(encoded).into()
     }

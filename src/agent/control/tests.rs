@@ -36,6 +36,7 @@ fn init() -> Init {
         inject: Inject::Auto,
         mode: Mode::Strict,
         suite: Suite::default(),
+        spin_us: 0,
         seed: Seed([9; 32]),
         rekey_after_s: None,
     }
@@ -118,6 +119,7 @@ fn the_fingerprint_changes_with_what_an_agent_is_told_and_with_nothing_else() {
         Init { inject: Inject::Raw, ..first.clone() },
         Init { mode: Mode::Audit, ..first.clone() },
         Init { suite: Suite::Aes256Gcm, ..first.clone() },
+        Init { spin_us: 30, ..first.clone() },
     ] {
         assert_ne!(first.fingerprint(), other.fingerprint());
     }
