@@ -17,6 +17,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent::control::Inject;
 use crate::proto::ladder::Mode;
+use crate::proto::noise::Suite;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
 pub const DEFAULT_PORT: u16 = 51_820;
@@ -26,7 +27,7 @@ const PLANNED_COMMANDS: [&str; 8] =
     ["node", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
 
 /// Flags of `launch` that are planned.
-const PLANNED_FLAGS: [&str; 3] = ["--cipher", "--capture", "--config"];
+const PLANNED_FLAGS: [&str; 2] = ["--capture", "--config"];
 
 /// Values of flags that are planned: flag and value.
 const PLANNED_VALUES: [(&str, &str); 1] = [("--output", "wide")];
@@ -127,12 +128,19 @@ pub struct Launch {
     /// How strictly the project's traffic is kept to the tunnel.
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Rung::Strict)]
     pub mode: Rung,
+    /// What the tunnel encrypts with; the same for the whole project.
+    #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Cipher::Chacha20poly1305)]
+    pub cipher: Cipher,
     /// How packets from peers are handed to the pod's stack.
     #[arg(long, value_name = "WAY", value_enum, default_value_t = InjectWay::Auto)]
     pub inject: InjectWay,
     /// Close the pod first, before anything else is known, and open it when it is protected.
     #[arg(long)]
     pub guard_first: bool,
+    /// How many microseconds (0 to 30) the agent waits awake for the next packet while packets come close together: shorter
+    /// round trips for processor time.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 30, value_parser = clap::value_parser!(u8).range(..=30))]
+    pub spin: u8,
     /// Rekey sooner than the protocol's 120 s. For tests.
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub rekey_after: Option<u64>,
@@ -155,6 +163,24 @@ impl From<Rung> for Mode {
             Rung::Strict => Self::Strict,
             Rung::Permissive => Self::Permissive,
             Rung::Audit => Self::Audit,
+        }
+    }
+}
+
+/// `--cipher`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cipher {
+    /// WireGuard's own.
+    Chacha20poly1305,
+    /// The same protocol with AES-256-GCM: faster where the processor has instructions for it.
+    Aes256gcm,
+}
+
+impl From<Cipher> for Suite {
+    fn from(cipher: Cipher) -> Self {
+        match cipher {
+            Cipher::Chacha20poly1305 => Self::ChaCha20Poly1305,
+            Cipher::Aes256gcm => Self::Aes256Gcm,
         }
     }
 }

@@ -20,7 +20,7 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn what_is_not_there_yet_ends_with_2_and_names_itself() {
     for (line, name) in [
-        ("launch --netns a --project-key-file k --directory d --cipher aes256gcm", "--cipher"),
+        ("launch --netns a --project-key-file k --directory d --capture learned", "--capture"),
         ("launch --capture=learned", "--capture"),
         ("peers -o json", "peers"),
         ("node", "node"),

@@ -29,6 +29,7 @@ use super::neighbour::ArpResponder;
 use super::presence::Presence;
 use super::raw_socket::RawInjector;
 use super::report;
+use super::spin::Spin;
 use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
@@ -67,6 +68,7 @@ pub(super) struct Kernel {
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
+    pub(super) spin: Spin,
 }
 
 /// Who the agent is to launchers, and what it was told.
@@ -223,8 +225,7 @@ impl Driver {
     pub(super) fn run(&mut self) -> anyhow::Result<End> {
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
-            let timeout = self.timeout();
-            let count = match self.sources.epoll.wait(&mut events, timeout) {
+            let count = match self.wait(&mut events) {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => 0,
                 Err(error) => return Err(error).context("wait for events"),
@@ -252,6 +253,29 @@ impl Driver {
                 return Ok(end);
             }
         }
+    }
+
+    /// Waits for events or the next timer: awake for a moment where that has paid lately, then asleep.
+    fn wait(&mut self, events: &mut [EpollEvent]) -> nix::Result<usize> {
+        let epoll = &self.sources.epoll;
+        let timeout = self.timeout();
+        if !self.kernel.spin.is_on() {
+            return epoll.wait(events, timeout);
+        }
+        let begun = Instant::now();
+        if let Some(limit) = self.kernel.spin.limit() {
+            while begun.elapsed() < limit {
+                let count = epoll.wait(events, EpollTimeout::ZERO)?;
+                if count > 0 {
+                    self.kernel.spin.note(begun.elapsed());
+                    return Ok(count);
+                }
+                std::hint::spin_loop();
+            }
+        }
+        let count = epoll.wait(events, timeout)?;
+        self.kernel.spin.note(begun.elapsed());
+        Ok(count)
     }
 
     fn end_if_due(&mut self, now: Instant) -> anyhow::Result<Option<End>> {

@@ -42,6 +42,7 @@ mod privileges;
 pub mod raw_socket;
 mod report;
 pub mod sockets;
+mod spin;
 pub mod state;
 pub mod tun;
 pub mod udp;
@@ -56,6 +57,7 @@ use neighbour::ArpResponder;
 use netlink::{Capture, Netlink};
 use presence::Presence;
 use raw_socket::RawInjector;
+use spin::Spin;
 use state::StateFile;
 use tun::Tun;
 use udp::TunnelSocket;
@@ -264,6 +266,7 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,
         queries: Queries::new(dns_ports, held, rng),
+        spin: Spin::new(Duration::from_micros(init.spin_us.into())),
     };
     Ok((engine, kernel))
 }
@@ -310,7 +313,7 @@ fn zone(init: &Init) -> anyhow::Result<Option<Name>> {
 }
 
 fn options(init: &Init) -> Options {
-    let mut options = Options::default();
+    let mut options = Options::of(init.suite);
     if let Some(seconds) = init.rekey_after_s {
         options.rekey_after = Duration::from_secs(seconds);
     }

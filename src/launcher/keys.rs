@@ -29,7 +29,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use crate::proto::directory::Workload;
-use crate::proto::noise::{PeerKeys, PresharedKey, StaticSecret};
+use crate::proto::noise::{PeerKeys, PresharedKey, StaticSecret, Suite};
 
 /// Length of a project key and of every key derived from it, in bytes.
 const KEY_LEN: usize = 32;
@@ -42,28 +42,6 @@ const PROJECT_NAME_MAX: usize = 63;
 
 const LABEL_PSK: &str = "tencrypt v1 psk";
 const LABEL_STATIC: &str = "tencrypt v1 static";
-
-/// Which AEAD a project uses. Chosen by the operator, never negotiated; part of every derivation, so that the two
-/// never share a key.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Suite {
-    /// WireGuard's own ChaCha20-Poly1305.
-    #[default]
-    ChaCha20Poly1305,
-    /// The same protocol with AES-256-GCM.
-    Aes256Gcm,
-}
-
-impl Suite {
-    /// The word on the command line and in the derivation.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::ChaCha20Poly1305 => "chacha20poly1305",
-            Self::Aes256Gcm => "aes256gcm",
-        }
-    }
-}
 
 /// What can be wrong with a project key.
 #[derive(Debug, thiserror::Error)]

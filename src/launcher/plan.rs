@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use super::Failure;
 use super::directory::file::{FileSource, Manifests, SourceError};
 use super::guard::{Gate, Skeleton};
-use super::keys::{KeyError, ProjectKey, Suite};
+use super::keys::{KeyError, ProjectKey};
 use super::pod::network::{NetworkError, PodNetwork};
 use super::pod::resolv::{ResolvConf, ResolvError};
 use super::pod::{self, PodError, PodNetns, Target};
@@ -173,8 +173,7 @@ fn read_files(
 ) -> Result<(ResolvConf, ProjectKey), Failure> {
     let resolv = ResolvConf::read(netns, arguments.resolv_conf.as_deref(), project)
         .map_err(Failure::coded(ResolvError::exit_code))?;
-    // The cipher is WireGuard's own until there is a flag for it.
-    let key = ProjectKey::read(&arguments.project_key_file, project, Suite::default())
+    let key = ProjectKey::read(&arguments.project_key_file, project, arguments.cipher.into())
         .map_err(Failure::coded(KeyError::exit_code))?;
     Ok((resolv, key))
 }
@@ -207,6 +206,8 @@ fn init(
         inject: arguments.inject.into(),
         mode: arguments.mode.into(),
         skeleton: 0,
+        suite: arguments.cipher.into(),
+        spin_us: arguments.spin,
         seed: Seed([0; 32]),
         rekey_after_s: arguments.rekey_after,
     }

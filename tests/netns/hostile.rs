@@ -20,6 +20,7 @@ use crate::services::replace;
 pub const CASES: &[Case] = &[
     Case::new("promise_6_truncated_and_random_datagrams_are_dropped_and_the_tunnel_goes_on", noise).sealed(),
     Case::new("promise_4_a_workload_with_another_key_is_not_heard", wrong_key).looks_itself(),
+    Case::new("promise_4_a_workload_with_another_cipher_is_not_heard", wrong_cipher).looks_itself(),
     Case::new("promise_2_a_malformed_manifest_is_reported_and_changes_nothing", malformed_manifest).sealed(),
     Case::new("launch_refuses_the_hosts_own_namespace", hosts_own_namespace).agents(Agents::Off),
     Case::new("launch_refuses_what_is_no_network_namespace", no_namespace).agents(Agents::Off),
@@ -157,7 +158,7 @@ fn broken_key_file(lab: &Lab) {
 }
 
 fn unbuilt_flags(lab: &Lab) {
-    for (flag, value) in [("--cipher", "aes256gcm"), ("--capture", "service-cidr"), ("--no-such-flag", "1")] {
+    for (flag, value) in [("--cipher", "aes128gcm"), ("--capture", "service-cidr"), ("--no-such-flag", "1")] {
         let ran = refused(lab, "shop-lone", &with(usual(lab, "shop-lone"), flag, value));
         assert_eq!(ran.code, 2, "{flag} {value}: {}", ran.err);
         assert!(ran.err.contains(flag), "{flag} is not named: {}", ran.err);
@@ -230,11 +231,21 @@ fn wrong_key(lab: &Lab) {
     assert!(ran.code == 0 && ran.out.trim().len() == 44, "tencrypt keygen: {ran:?}");
     fs::write(&key, &ran.out).expect("a key file");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("chmod");
-    let mut stranger = Launched::pod(lab, "shop-lone", &lab.directory(PROJECT), &key);
+    stays_a_stranger(lab, &with(usual(lab, "shop-lone"), "--project-key-file", &key.display().to_string()));
+}
+
+fn wrong_cipher(lab: &Lab) {
+    stays_a_stranger(lab, &with(usual(lab, "shop-lone"), "--cipher", "aes256gcm"));
+}
+
+/// A workload that is protected with these arguments and no other one understand one another.
+fn stays_a_stranger(lab: &Lab, arguments: &[String]) {
+    let mut stranger = Launched::start(lab, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    stranger.wait_ready();
     let lone = lab.pod("shop-lone");
     for to in web_vips().into_iter().chain([(lab.pod("shop-web1").v4, 8080).into()]) {
         let got = lone.http_get(to, Duration::from_secs(4));
-        assert!(got.is_err(), "a workload with another key was answered by {to}");
+        assert!(got.is_err(), "a stranger was answered by {to}");
     }
     // Neither is it spoken to, and the others go on.
     let got = lab.pod("shop-client").connect((lone.v4, 9_000), Duration::from_secs(4));

@@ -53,6 +53,10 @@ pub const CASES: &[Case] = &[
         .sealed(),
     Case::new("promise_1_a_backend_reaches_the_service_it_serves", hairpin).sealed(),
     Case::new("promise_1_replies_of_two_services_with_one_target_do_not_mix", one_target_two_names).sealed(),
+    Case::new("promise_1_aes256gcm_carries_a_hundred_megabytes", big_file)
+        .agents(Agents::On("--cipher aes256gcm"))
+        .sealed()
+        .seconds(90),
     Case::new("promise_1_iperf_runs_over_tcp_and_udp", iperf).sealed().seconds(90),
 ];
 

@@ -13,7 +13,7 @@ use zeroize::ZeroizeOnDrop;
 use super::{FlowReport, MESSAGE_MAX, REPORTED_FLOWS_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
-use crate::proto::noise::StaticSecret;
+use crate::proto::noise::{StaticSecret, Suite};
 
 /// Room for encoded changes in one [`ToAgent::Changes`]: the rest is the variant and the count.
 const CHUNK_MAX: usize = MESSAGE_MAX - 16;
@@ -129,6 +129,10 @@ pub struct Init {
     pub mode: Mode,
     /// Digest of the guard's skeleton.
     pub skeleton: u64,
+    /// The AEAD of the project.
+    pub suite: Suite,
+    /// How long the loop waits awake for the next packet, in microseconds; 0: not at all.
+    pub spin_us: u8,
     /// Seed of the engine's random numbers.
     pub seed: Seed,
     /// Rekey after this many seconds instead of the protocol's 120; tests only.
@@ -267,7 +271,7 @@ impl Init {
         };
         let keys: Vec<_> = self.addresses.iter().map(public).collect();
         let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
-        let said = (keys, network, self.inject, self.mode, self.rekey_after_s);
+        let said = (keys, network, self.inject, self.mode, self.suite, self.spin_us, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
         Sha256::digest(encoded).into()
     }

@@ -11,7 +11,7 @@ use super::messages::{REASON_MAX, RESOLVERS_MAX};
 use super::*;
 use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use crate::proto::ladder::Mode;
-use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
+use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey, StaticSecret, Suite};
 
 fn init() -> Init {
     Init {
@@ -36,6 +36,8 @@ fn init() -> Init {
         inject: Inject::Auto,
         mode: Mode::Strict,
         skeleton: 0,
+        suite: Suite::default(),
+        spin_us: 0,
         seed: Seed([9; 32]),
         rekey_after_s: None,
     }
@@ -117,6 +119,8 @@ fn the_fingerprint_changes_with_what_an_agent_is_told_and_with_nothing_else() {
         Init { resolvers: Vec::new(), ..first.clone() },
         Init { inject: Inject::Raw, ..first.clone() },
         Init { mode: Mode::Audit, ..first.clone() },
+        Init { suite: Suite::Aes256Gcm, ..first.clone() },
+        Init { spin_us: 30, ..first.clone() },
     ] {
         assert_ne!(first.fingerprint(), other.fingerprint());
     }

@@ -8,7 +8,8 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
-use crate::launcher::keys::{Suite, keygen};
+use crate::launcher::keys::keygen;
+use crate::proto::noise::Suite;
 
 /// Promised bound on the time from a change to its telling, on a machine that has a moment for us.
 const PROMPT: Duration = Duration::from_millis(50);

@@ -6,8 +6,6 @@ use std::time::Duration;
 
 // Specification.
 
-/// Noise protocol name; its hash starts the chaining key.
-pub(super) const PROTOCOL: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 /// Mixed into the handshake hash before the first message.
 pub(super) const PROLOGUE: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 /// Hashed with a public key, gives the key of MAC1.

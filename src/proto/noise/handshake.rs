@@ -18,12 +18,10 @@ use blake2::{Blake2s256, Blake2sMac, Digest};
 use snow::{Builder, HandshakeState};
 use zeroize::Zeroizing;
 
-use super::constants::{
-    INITIATION_LEN, LABEL_MAC1, PROLOGUE, PROTOCOL, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE,
-};
+use super::constants::{INITIATION_LEN, LABEL_MAC1, PROLOGUE, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE};
 use super::index::ReceiverIndex;
 use super::resolver::Resolver;
-use super::{PresharedKey, PublicKey, StaticSecret};
+use super::{PresharedKey, PublicKey, StaticSecret, Suite};
 use crate::proto::drop::DropReason;
 
 /// MAC1 and MAC2 end both messages.
@@ -87,6 +85,7 @@ pub(super) struct SessionKeys {
 pub(super) struct Local {
     secret: StaticSecret,
     mac1: Mac1Key,
+    suite: Suite,
 }
 
 /// An initiation that was sent and not answered yet.
@@ -103,9 +102,9 @@ pub(super) struct Consumed {
 }
 
 impl Local {
-    pub(super) fn new(secret: StaticSecret) -> Self {
+    pub(super) fn new(secret: StaticSecret, suite: Suite) -> Self {
         let mac1 = Mac1Key::new(&secret.public());
-        Self { secret, mac1 }
+        Self { secret, mac1, suite }
     }
 
     /// Builds an initiation to `remote`.
@@ -159,9 +158,12 @@ impl Local {
     }
 
     fn builder(&self, ephemeral: Ephemeral) -> Result<Builder<'_>, snow::Error> {
-        Builder::with_resolver(PROTOCOL.parse()?, Box::new(Resolver { ephemeral }))
-            .prologue(PROLOGUE)?
-            .local_private_key(&self.secret.0)
+        Builder::with_resolver(
+            self.suite.noise_name().parse()?,
+            Box::new(Resolver { ephemeral, suite: self.suite }),
+        )
+        .prologue(PROLOGUE)?
+        .local_private_key(&self.secret.0)
     }
 }
 

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `constants` | the numbers |
 //! | `handshake`, `resolver` | initiation, response, MAC1; the primitives under them |
+//! | `suite` | what differs between AEADs; the seam to the library |
 //! | `session`, `replay` | sealing and opening; previous, current and next session |
 //! | `peer`, `timers` | when a session is made, renewed, erased |
 //! | `kept` | initiations of keys that the directory does not know yet |
@@ -31,6 +32,7 @@ mod replay;
 mod resolver;
 mod session;
 mod shared;
+mod suite;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -46,11 +48,11 @@ pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
 pub use handover::PeerState;
 pub use index::PeerId;
 pub use keys::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
+pub use suite::Suite;
 
 use constants::{
-    COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME,
-    REKEY_AFTER_MESSAGES, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER,
-    TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
+    COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME,
+    REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER, TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use handshake::{Local, index_at};
 use index::Slab;
@@ -89,9 +91,11 @@ impl PeerConfig {
     }
 }
 
-/// Limits. The default is the specification's; tests and benchmarks shorten `rekey_after`.
+/// The suite and its limits. The default is the specification's; tests and benchmarks shorten `rekey_after`.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// The AEAD.
+    pub suite: Suite,
     /// Age at which the initiator of a session makes a new one when it sends.
     pub rekey_after: Duration,
     /// Age at which a session neither seals nor opens; its keys are erased.
@@ -112,20 +116,27 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
+        Self::of(Suite::default())
+    }
+}
+
+impl Options {
+    /// The limits of a suite.
+    #[must_use]
+    pub fn of(suite: Suite) -> Self {
         Self {
+            suite,
             rekey_after: REKEY_AFTER_TIME,
             reject_after: REJECT_AFTER_TIME,
-            rekey_after_messages: REKEY_AFTER_MESSAGES,
-            reject_after_messages: REJECT_AFTER_MESSAGES,
+            rekey_after_messages: suite.rekey_after_messages(),
+            reject_after_messages: suite.reject_after_messages(),
             attempt_time: REKEY_ATTEMPT_TIME,
             keepalive: KEEPALIVE_TIMEOUT,
             silent_after: SILENT_AFTER,
             roaming: false,
         }
     }
-}
 
-impl Options {
     /// Age at which the initiator of a session makes a new one when it receives: 165 s to 120 s of `rekey_after`.
     fn rekey_on_receiving_after(&self) -> Duration {
         self.rekey_after * 11 / 8
@@ -203,7 +214,7 @@ impl Transport {
     pub fn new(identities: Vec<Identity>, options: Options, rng: ChaCha20Rng) -> Self {
         let own = |identity: Identity| OwnKey {
             address: identity.address.to_canonical(),
-            keys: Local::new(identity.secret),
+            keys: Local::new(identity.secret, options.suite),
         };
         Self {
             shared: Shared::new(identities.into_iter().map(own).collect(), options, rng),

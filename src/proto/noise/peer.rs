@@ -22,7 +22,7 @@ use super::index::{PeerId, ReceiverIndex};
 use super::session::{Keypairs, Role, Session};
 use super::shared::Shared;
 use super::timers::{Timer, Timers};
-use super::{Event, PeerConfig, PeerKeys, Received, Sealer};
+use super::{Event, Options, PeerConfig, PeerKeys, Received, Sealer};
 use crate::proto::Now;
 use crate::proto::drop::DropReason;
 
@@ -117,8 +117,9 @@ impl Peer {
         self.last_consumed = state.since_consumed.and_then(|age| before(then, age)).or(self.last_consumed);
         // What this agent has made itself meanwhile is newer.
         if !self.has_session() {
+            let suite = shared.options.suite;
             let mut session = |state: Option<SessionState>| {
-                let session = Session::import(state?, shared.options.reject_after_messages, then)?;
+                let session = Session::import(state?, suite, shared.options.reject_after_messages, then)?;
                 let lives = session.age(now.instant) < shared.options.reject_after;
                 (lives && shared.indices.adopt(session.local, self.id)).then(|| Box::new(session))
             };
@@ -414,7 +415,8 @@ impl Peer {
         shared: &Shared,
         now: Now,
     ) -> Session {
-        Session::new(keys, index, role, shared.options.reject_after_messages, now.instant)
+        let Options { suite, reject_after_messages, .. } = shared.options;
+        Session::new(keys, suite, index, role, reject_after_messages, now.instant)
     }
 
     fn established(&mut self, shared: &mut Shared) {

@@ -1,10 +1,9 @@
-//! Primitives for the handshake, handed to `snow`: X25519 that refuses low-order points, ChaCha20-Poly1305 and BLAKE2s.
+//! Primitives for the handshake, handed to `snow`: X25519 that refuses low-order points, BLAKE2s, and the suite's cipher.
 //!
 //! The ephemeral secret is drawn from the core's generator by the caller, so that the handshake reads no randomness of
 //! its own. Secrets held here are wiped when dropped.
 //! Source: Noise specification revision 34, sections 4 and 12; RFC 7748 section 6.1 (all-zero shared secret).
 
-use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use blake2::{Blake2s256, Digest};
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::CryptoResolver;
@@ -12,11 +11,13 @@ use snow::types::{Cipher, Dh, Hash, Random};
 use zeroize::Zeroizing;
 
 use super::constants::TAG_LEN;
+use super::suite::{Aead, Suite};
 
 /// Primitives of one handshake.
 pub(super) struct Resolver {
     /// The bytes that become the ephemeral secret.
     pub(super) ephemeral: Zeroizing<[u8; 32]>,
+    pub(super) suite: Suite,
 }
 
 impl CryptoResolver for Resolver {
@@ -33,8 +34,12 @@ impl CryptoResolver for Resolver {
     }
 
     fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
-        matches!(choice, CipherChoice::ChaChaPoly)
-            .then(|| Box::new(ChaChaPoly { key: None }) as Box<dyn Cipher>)
+        let ours = match self.suite {
+            Suite::ChaCha20Poly1305 => CipherChoice::ChaChaPoly,
+            Suite::Aes256Gcm => CipherChoice::AESGCM,
+        };
+        (*choice == ours)
+            .then(|| Box::new(HandshakeCipher { suite: self.suite, key: None }) as Box<dyn Cipher>)
     }
 }
 
@@ -135,33 +140,35 @@ impl Hash for Blake2s {
     }
 }
 
-struct ChaChaPoly {
-    key: Option<LessSafeKey>,
+struct HandshakeCipher {
+    suite: Suite,
+    key: Option<Aead>,
 }
 
-impl ChaChaPoly {
-    fn key(&self) -> &LessSafeKey {
+impl HandshakeCipher {
+    fn key(&self) -> &Aead {
         self.key.as_ref().expect("snow sets a key before it uses a cipher")
     }
 }
 
-impl Cipher for ChaChaPoly {
+impl Cipher for HandshakeCipher {
     fn name(&self) -> &'static str {
-        "ChaChaPoly"
+        match self.suite {
+            Suite::ChaCha20Poly1305 => "ChaChaPoly",
+            Suite::Aes256Gcm => "AESGCM",
+        }
     }
 
     fn set(&mut self, key: &[u8; 32]) {
-        self.key = Some(chacha20poly1305(key));
+        self.key = Some(self.suite.cipher(key));
     }
 
     fn encrypt(&self, nonce: u64, authtext: &[u8], plaintext: &[u8], out: &mut [u8]) -> usize {
         let (text, rest) = out.split_at_mut(plaintext.len());
         text.copy_from_slice(plaintext);
-        let tag = self
-            .key()
-            .seal_in_place_separate_tag(counter_nonce(nonce), Aad::from(authtext), text)
-            .expect("handshake fields are far below the cipher's length limit");
-        rest[..TAG_LEN].copy_from_slice(tag.as_ref());
+        let sealed = self.key().seal(nonce, authtext, text).ok();
+        let tag = sealed.expect("handshake fields are far below the cipher's length limit");
+        rest[..TAG_LEN].copy_from_slice(&tag);
         plaintext.len() + TAG_LEN
     }
 
@@ -175,21 +182,7 @@ impl Cipher for ChaChaPoly {
         let length = ciphertext.len().checked_sub(TAG_LEN).ok_or(snow::Error::Decrypt)?;
         let (text, tag) = ciphertext.split_at(length);
         let out = out.get_mut(..length).ok_or(snow::Error::Decrypt)?;
-        self.key()
-            .open_separate_gather(counter_nonce(nonce), Aad::from(authtext), text, tag, out)
-            .map_err(|_| snow::Error::Decrypt)?;
-        Ok(length)
+        let opened = self.key().open_into(nonce, authtext, (text, tag), out);
+        opened.map(|()| length).map_err(|_| snow::Error::Decrypt)
     }
-}
-
-/// The cipher under `key`. Its copy of the key is wiped when it is dropped.
-pub(super) fn chacha20poly1305(key: &[u8; 32]) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("the key has the cipher's length"))
-}
-
-/// Four zero bytes and the little-endian counter.
-pub(super) fn counter_nonce(counter: u64) -> Nonce {
-    let mut nonce = [0; NONCE_LEN];
-    nonce[4..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(nonce)
 }

@@ -11,14 +11,12 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use aws_lc_rs::aead::{Aad, LessSafeKey};
-
 use super::constants::{HEADER_LEN, TAG_LEN, TYPE_DATA};
 use super::handover::{SessionState, TransportKey, before};
 use super::handshake::{SessionKeys, index_at};
 use super::index::ReceiverIndex;
 use super::replay::ReplayWindow;
-use super::resolver::{chacha20poly1305, counter_nonce};
+use super::suite::{Aead, Suite};
 use crate::proto::drop::DropReason;
 
 /// Which side asked for a session.
@@ -34,8 +32,8 @@ pub(super) struct Session {
     pub(super) role: Role,
     pub(super) created: Instant,
     remote: ReceiverIndex,
-    sealing: LessSafeKey,
-    opening: LessSafeKey,
+    sealing: Aead,
+    opening: Aead,
     /// The same two keys, for a successor.
     raw: [TransportKey; 2],
     next_counter: u64,
@@ -53,6 +51,7 @@ pub(super) struct Opened {
 impl Session {
     pub(super) fn new(
         keys: &SessionKeys,
+        suite: Suite,
         local: ReceiverIndex,
         role: Role,
         reject_after_messages: u64,
@@ -63,8 +62,8 @@ impl Session {
             role,
             created: now,
             remote: keys.remote,
-            sealing: chacha20poly1305(&keys.sealing),
-            opening: chacha20poly1305(&keys.opening),
+            sealing: suite.cipher(&keys.sealing),
+            opening: suite.cipher(&keys.opening),
             raw: [TransportKey(*keys.sealing), TransportKey(*keys.opening)],
             next_counter: 0,
             reject_after_messages,
@@ -88,15 +87,20 @@ impl Session {
     }
 
     /// The session that was exported at `then`; `None` where it cannot be one.
-    pub(super) fn import(state: SessionState, reject_after_messages: u64, then: Instant) -> Option<Self> {
+    pub(super) fn import(
+        state: SessionState,
+        suite: Suite,
+        reject_after_messages: u64,
+        then: Instant,
+    ) -> Option<Self> {
         let SessionState { sealing, opening, .. } = state;
         Some(Self {
             local: ReceiverIndex::from_wire(state.local),
             role: if state.is_initiator { Role::Initiator } else { Role::Responder },
             created: before(then, state.age)?,
             remote: ReceiverIndex::from_wire(state.remote),
-            sealing: chacha20poly1305(&sealing.0),
-            opening: chacha20poly1305(&opening.0),
+            sealing: suite.cipher(&sealing.0),
+            opening: suite.cipher(&opening.0),
             raw: [sealing, opening],
             next_counter: state.next_counter,
             reject_after_messages,
@@ -134,11 +138,7 @@ impl Session {
         header[..4].copy_from_slice(&TYPE_DATA.to_le_bytes());
         header[4..8].copy_from_slice(&self.remote.to_wire());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        let tag = self
-            .sealing
-            .seal_in_place_separate_tag(counter_nonce(counter), Aad::empty(), text)
-            .map_err(|_| DropReason::TooBig)?;
-        tag_room.copy_from_slice(tag.as_ref());
+        *tag_room = self.sealing.seal(counter, &[], text).map_err(|_| DropReason::TooBig)?;
         Ok(())
     }
 
@@ -151,11 +151,9 @@ impl Session {
         if !self.replay.is_fresh(counter) {
             return Err(DropReason::Replay);
         }
-        let text = self
-            .opening
-            .open_in_place(counter_nonce(counter), Aad::empty(), &mut datagram[HEADER_LEN..])
-            .map_err(|_| DropReason::BadTag)?;
-        Ok(Opened { counter, payload: HEADER_LEN..HEADER_LEN + text.len() })
+        let opened = self.opening.open(counter, &[], &mut datagram[HEADER_LEN..]);
+        let length = opened.map_err(|_| DropReason::BadTag)?;
+        Ok(Opened { counter, payload: HEADER_LEN..HEADER_LEN + length })
     }
 
     pub(super) fn accept(&mut self, counter: u64) {

@@ -1,13 +1,13 @@
 //! Known answers: a whole handshake and the first messages under it, byte for byte, and the cipher against another
 //! implementation.
 //!
-//! The vectors were computed from the WireGuard paper's sections 5.4.2 to 5.4.6 by a separate program on Python's
-//! `hashlib.blake2s`, `hmac` and the `cryptography` package (X25519, ChaCha20-Poly1305): static secrets 0x11 and 0x22,
-//! ephemeral secrets 0x33 and 0x44, pre-shared key 0x55 (32 times each), sender indices 0x01020304 and 0x0a0b0c0d,
-//! time 1700000000.123456789 s after the Unix epoch.
+//! The vectors come from `tests/vectors/handshake.py`, a separate program on Python's `hashlib`, `hmac` and the
+//! `cryptography` package: static secrets 0x11 and 0x22, ephemeral secrets 0x33 and 0x44, pre-shared key 0x55 (32 times
+//! each), sender indices 0x01020304 and 0x0a0b0c0d, time 1700000000.123456789 s after the Unix epoch.
 
+use aes_gcm::Aes256Gcm;
+use chacha20poly1305::ChaCha20Poly1305;
 use chacha20poly1305::aead::{AeadInOut, KeyInit};
-use chacha20poly1305::{ChaCha20Poly1305, Key, Nonce};
 use proptest::prelude::*;
 use zeroize::Zeroizing;
 
@@ -17,30 +17,44 @@ use super::super::session::Role;
 use super::super::*;
 use super::pair::*;
 
-const INITIATION: &str = "\
-    01000000040302017b0d47d93427f8311160781c7c733fd89f88970aef490d8aa0ee19a4cb8a1b1481e498317da959fb\
-    a46669572516a5e6c021bfa620bb6c56ca0082e1feae14988c2c64d024c617734a263f76a008df04d0f94bad8ee75ec8\
-    e699a440b4a50daa11f4b49e4391d702b229aa3b568b8ed0e3ceebefd4b11f97517007a6000000000000000000000000\
-    00000000";
-const RESPONSE: &str = "\
-    020000000d0c0b0a04030201ff2ee45601ec1b67310c7790404585ae697331eee1c1f8cf2419731c1fff3e6bda81a927\
-    fedf673417b5274250355a3fe12577315a06f95b40d38b9e8256169300000000000000000000000000000000";
-const DATA: &str = "\
-    040000000d0c0b0a00000000000000007f3932ea7a4881eddf24722904314426b3e981a151e1de827b282aaebf0ec193";
-const KEEPALIVE: &str = "\
-    040000000403020100000000000000004546b4bebf67c6c95055c71188ff8c4e";
+/// Initiation, response, data, keepalive.
+const CHACHA20POLY1305: [&str; 4] = [
+    "01000000040302017b0d47d93427f8311160781c7c733fd89f88970aef490d8aa0ee19a4cb8a1b1481e498317da959fb\
+     a46669572516a5e6c021bfa620bb6c56ca0082e1feae14988c2c64d024c617734a263f76a008df04d0f94bad8ee75ec8\
+     e699a440b4a50daa11f4b49e4391d702b229aa3b568b8ed0e3ceebefd4b11f97517007a6000000000000000000000000\
+     00000000",
+    "020000000d0c0b0a04030201ff2ee45601ec1b67310c7790404585ae697331eee1c1f8cf2419731c1fff3e6bda81a927\
+     fedf673417b5274250355a3fe12577315a06f95b40d38b9e8256169300000000000000000000000000000000",
+    "040000000d0c0b0a00000000000000007f3932ea7a4881eddf24722904314426b3e981a151e1de827b282aaebf0ec193",
+    "040000000403020100000000000000004546b4bebf67c6c95055c71188ff8c4e",
+];
+const AES256GCM: [&str; 4] = [
+    "01000000040302017b0d47d93427f8311160781c7c733fd89f88970aef490d8aa0ee19a4cb8a1b146ebed51196766a5e\
+     c7cb069c700ada5771507f9a29698025a407e244c4cb0313d2ca7adc0e0ab69c8d39a67888a0ca7d8c7cd28b5078539d\
+     42d58bcf836341987c4fe2dd2e7703c5c2b11f1b40b9e35940bad3bd32be75adc65fc140000000000000000000000000\
+     00000000",
+    "020000000d0c0b0a04030201ff2ee45601ec1b67310c7790404585ae697331eee1c1f8cf2419731c1fff3e6b1009e75f\
+     11702f749273112b54569c5d0179ca76d505a0bcd5ce90ed86dbd6c900000000000000000000000000000000",
+    "040000000d0c0b0a00000000000000005cf7681ef75cdd3675b1da90e6c74f6db6cb6b9deb684fedadb6651061101aa5",
+    "040000000403020100000000000000001bb0e0158596fd60e1dcbb66f5666cb3",
+];
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn session(keys: &SessionKeys, role: Role) -> Session {
-    Session::new(keys, ReceiverIndex::from_wire([0; 4]), role, u64::MAX, epoch().instant)
+fn session(keys: &SessionKeys, suite: Suite, role: Role) -> Session {
+    Session::new(keys, suite, ReceiverIndex::from_wire([0; 4]), role, u64::MAX, epoch().instant)
 }
 
 #[test]
-fn handshake_and_first_messages_equal_the_known_answer() {
-    let (initiator, responder) = (Local::new(secret(0x11)), Local::new(secret(0x22)));
+fn handshake_and_first_messages_equal_the_known_answer_in_both_suites() {
+    known_answer(Suite::ChaCha20Poly1305, CHACHA20POLY1305);
+    known_answer(Suite::Aes256Gcm, AES256GCM);
+}
+
+fn known_answer(suite: Suite, expected: [&str; 4]) {
+    let (initiator, responder) = (Local::new(secret(0x11), suite), Local::new(secret(0x22), suite));
     let [initiator_public, responder_public] = [secret(0x11).public(), secret(0x22).public()];
     let psk = PresharedKey([0x55; 32]);
     let index = |n: u32| ReceiverIndex::from_wire(n.to_le_bytes());
@@ -56,24 +70,24 @@ fn handshake_and_first_messages_equal_the_known_answer() {
             Zeroizing::new([0x33; 32]),
         )
         .unwrap();
-    assert_eq!(hex(&initiation), INITIATION);
+    assert_eq!(hex(&initiation), expected[0]);
 
     assert!(responder.verify(&initiation) && !initiator.verify(&initiation));
     let consumed = responder.consume(&initiation, Zeroizing::new([0x44; 32])).unwrap();
     assert_eq!((consumed.public, consumed.stamp), (initiator_public, stamp));
     let (responder_keys, response) =
         consumed.respond(&Mac1Key::new(&initiator_public), &psk, index(0x0a0b_0c0d)).unwrap();
-    assert_eq!(hex(&response), RESPONSE);
+    assert_eq!(hex(&response), expected[1]);
 
     assert!(initiator.verify(&response));
     let initiator_keys = waiting.finish(&response).unwrap();
     let mut data = *b"0123456789abcdefsixteen bytes ok0123456789abcdef";
-    session(&initiator_keys, Role::Initiator).seal(&mut data).unwrap();
-    assert_eq!(hex(&data), DATA);
+    session(&initiator_keys, suite, Role::Initiator).seal(&mut data).unwrap();
+    assert_eq!(hex(&data), expected[2]);
     let mut keepalive = [0xff; 32];
-    let mut answering = session(&responder_keys, Role::Responder);
+    let mut answering = session(&responder_keys, suite, Role::Responder);
     answering.seal(&mut keepalive).unwrap();
-    assert_eq!(hex(&keepalive), KEEPALIVE);
+    assert_eq!(hex(&keepalive), expected[3]);
     let opened = answering.open(&mut data).unwrap();
     assert_eq!((opened.counter, &data[opened.payload]), (0, &b"sixteen bytes ok"[..]));
 }
@@ -85,9 +99,26 @@ fn time_stamp_is_tai64n() {
     assert!(Tai64n::from_unix(Duration::MAX) > Tai64n::from_unix(secs(1 << 40)));
 }
 
+/// Encrypts in place with another implementation, and returns the tag.
+fn reference(suite: Suite, key: [u8; 32], counter: u64, text: &mut [u8]) -> [u8; 16] {
+    let mut nonce = [0; 12];
+    let tag = match suite {
+        Suite::ChaCha20Poly1305 => {
+            nonce[4..].copy_from_slice(&counter.to_le_bytes());
+            ChaCha20Poly1305::new(&key.into()).encrypt_inout_detached(&nonce.into(), &[], text.into())
+        }
+        Suite::Aes256Gcm => {
+            nonce[4..].copy_from_slice(&counter.to_be_bytes());
+            Aes256Gcm::new(&key.into()).encrypt_inout_detached(&nonce.into(), &[], text.into())
+        }
+    };
+    tag.unwrap().into()
+}
+
 proptest! {
     #[test]
     fn data_messages_equal_another_implementation(
+        suite in prop_oneof![Just(Suite::ChaCha20Poly1305), Just(Suite::Aes256Gcm)],
         key in any::<[u8; 32]>(),
         counter in 0u64..u64::MAX,
         blocks in prop::collection::vec(any::<[u8; 16]>(), 0..100),
@@ -97,18 +128,14 @@ proptest! {
             opening: Zeroizing::new(key),
             remote: ReceiverIndex::from_wire([1, 2, 3, 4]),
         };
-        let mut session = session(&keys, Role::Initiator);
+        let mut session = session(&keys, suite, Role::Initiator);
         session.set_counter(counter);
         let plain = blocks.concat();
         let mut record = [&[0; HEADER_LEN][..], &plain, &[0; TAG_LEN]].concat();
         session.seal(&mut record).unwrap();
 
-        let mut nonce = [0; 12];
-        nonce[4..].copy_from_slice(&counter.to_le_bytes());
         let mut expected = plain.clone();
-        let tag = ChaCha20Poly1305::new(&Key::from(key))
-            .encrypt_inout_detached(&Nonce::from(nonce), &[], expected.as_mut_slice().into())
-            .unwrap();
+        let tag = reference(suite, key, counter, &mut expected);
         prop_assert_eq!(&record[..4], &[4, 0, 0, 0]);
         prop_assert_eq!(&record[4..8], &[1, 2, 3, 4]);
         prop_assert_eq!(&record[8..16], &counter.to_le_bytes());
