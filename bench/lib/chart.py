@@ -80,10 +80,10 @@ CHARTS = [
 ]
 
 
-def charts(results, underlay, where):
-    """(file name, alternative text, SVG) of every chart that has something to show."""
+def charts(results, underlay, where, brief):
+    """(file name, alternative text, SVG) of every chart that has something to show; only the first where that is enough."""
     found = []
-    for file, title, axis, series in CHARTS:
+    for file, title, axis, series in CHARTS[:1] if brief else CHARTS:
         rows = [(data["title"], [results.median(underlay, row, name) for _, name in series])
                 for row, data in results.rows(underlay).items() if row != "plain"]
         clear = [results.median(underlay, "plain", name) for _, name in series]

@@ -1,4 +1,4 @@
-"""The peers' programs: from Debian's packages, from its backports, from crates.io; and why one is not to be had.
+"""The peers' programs: from Debian's packages, from its backports, from Go modules and crates; and why one is not to be had.
 
 Runs as the user who started the benchmark. Packages go through `netns-scripts/deps.sh`; what is newer in backports is
 unpacked, and what has to be compiled is built, into the cache folder: neither the system nor apt's configuration changes.
@@ -16,11 +16,12 @@ CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.
 BUILD_LIMIT = 3600.0
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# How each is installed: Debian packages, the one of them that is taken from backports where that is newer, a crate with
-# its version and features; the program; how it says its version.
+# How each is installed: Debian packages, whether the first is taken from backports where that is newer, a Go module (where
+# there is a Go; else the package) or a crate, with version and what to build; the program.
 PEERS = {
     "wireguard-go": {"packages": ["wireguard-go", "wireguard-tools"], "backport": True, "program": "wireguard-go"},
-    "nebula": {"packages": ["nebula"], "backport": True, "program": "nebula"},
+    "nebula": {"packages": ["nebula"], "program": "nebula", "module": (
+        "github.com/slackhq/nebula", "v1.12.0", ["cmd/nebula", "cmd/nebula-cert"])},
     "tinc": {"packages": ["tinc"], "program": "tincd"},
     "stunnel": {"packages": ["stunnel4", "openssl"], "program": "stunnel4"},
     "boringtun": {"packages": ["wireguard-tools"], "crate": ("boringtun-cli", "0.7.1", []), "program": "boringtun-cli"},
@@ -41,10 +42,13 @@ def install(name, say):
             return {"program": os.path.abspath(override), "version": f"given as {override}"}
         if "crate" in how:
             return crate(how, say)
+        found = None
         if how.get("backport"):
             found = backport(how, say)
-            if found:
-                return found
+        elif "module" in how:
+            found = module(how, say)
+        if found:
+            return found
         program = shutil.which(how["program"], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if not program:
             raise Failure(f"its package has no program {how['program']}")
@@ -100,6 +104,28 @@ def backport(how, say):
     return {"program": program, "version": shell.read(os.path.join(folder, "version"))}
 
 
+def module(how, say):
+    """A Go program; None where there is no Go, or it cannot be built."""
+    name, version, commands = how["module"]
+    folder = os.path.join(CACHE, f"{how['program']}-{version}")
+    program = os.path.join(folder, how["program"])
+    if not os.path.exists(program):
+        go = shutil.which("go", path=os.environ.get("PATH", "") + ":/usr/local/go/bin")
+        if not go:
+            say(f"{how['program']}: no Go to build {version} with: the older package is taken")
+            return None
+        say(f"{how['program']} {version}: go install, which takes minutes ...")
+        os.makedirs(folder, exist_ok=True)
+        # In this order the program itself comes last: it is there when everything is.
+        for command in reversed(commands):
+            try:
+                compile_it([go, "install", f"{name}/{command}@{version}"], folder, {"GOBIN": folder, "CGO_ENABLED": "0"})
+            except Failure as failure:
+                say(f"{how['program']}: {failure}: the older package is taken")
+                return None
+    return {"program": program, "version": f"module {name} {version}"}
+
+
 def crate(how, say):
     name, version, features = how["crate"]
     folder = os.path.join(CACHE, f"{name}-{version}")
@@ -110,15 +136,19 @@ def crate(how, say):
             raise Failure("no cargo to build it with")
         say(f"{name} {version}: cargo install, which takes minutes ...")
         os.makedirs(folder, exist_ok=True)
-        # Away from the project, whose settings (profile, target folder) are not for others.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("CARGO_TARGET", "RUSTFLAGS"))}
-        try:
-            done = subprocess.run([cargo, "install", "--locked", "--quiet", "--root", folder, "--version", version, *features, name],
-                                  cwd=folder, env=environment, timeout=BUILD_LIMIT, capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, check=False)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"cargo install {name}: no end after {BUILD_LIMIT:.0f} s") from None
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-            raise Failure(f"cargo install {name} {version}: {errors[0] if errors else shell.last_line(done.stderr)}")
+        compile_it([cargo, "install", "--locked", "--quiet", "--root", folder, "--version", version, *features, name], folder, {})
     return {"program": program, "version": f"crate {name} {version}"}
+
+
+def compile_it(command, folder, environment):
+    """Away from the project, whose settings (profile, target folder) are not for others."""
+    what = " ".join(os.path.basename(word) for word in command if not word.startswith("-"))
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith(("CARGO_TARGET", "RUSTFLAGS", "GOFLAGS"))}, **environment}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, timeout=BUILD_LIMIT, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, check=False)
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{what}: no end after {BUILD_LIMIT:.0f} s") from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        raise Failure(f"{what}: {errors[0] if errors else shell.last_line(done.stderr)}")

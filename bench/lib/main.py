@@ -23,7 +23,7 @@ import report
 import shell
 import tencrypt
 from measure import Measure
-from results import PEER, PLAIN, Results, goals
+from results import BASE, PEER, PLAIN, Results, goals
 from rows import PONG, Row
 from shell import Failure, Process, probe
 from underlay import NAMES, Underlay
@@ -70,7 +70,7 @@ def arguments(argv):
                         help=f"the network under them (default veth1500): {', '.join(NAMES)}")
     parser.add_argument("--rounds", type=count, help="rounds of all rows (default 5)")
     parser.add_argument("--seconds", type=count, help="seconds per iperf3 run (default 5)")
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: one short round of four rows; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes: two short rounds of four rows; writes nothing")
     parser.add_argument("--write", action="store_true", help="write bench/RESULTS.md and the charts")
     parser.add_argument("--save", metavar="FILE", help="keep what was measured, as JSON")
     parser.add_argument("--from", metavar="FILE,…", dest="saved", help="measure nothing: report on what was kept")
@@ -79,7 +79,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.quick and args.write:
         parser.error("--quick measures too little to be written")
-    args.rounds = args.rounds or (1 if args.quick else 5)
+    args.rounds = args.rounds or (2 if args.quick else 5)
     args.seconds = args.seconds or (2 if args.quick else 5)
     wanted = args.only or [n for n in classes() if n not in peers.classes() or n in args.peers]
     if args.only:
@@ -251,7 +251,7 @@ def write(results):
             os.unlink(os.path.join(BENCH, file))
     for underlay in results.underlays():
         written[underlay] = []
-        for file, alt, svg in chart.charts(results, underlay, NAMES[underlay]):
+        for file, alt, svg in chart.charts(results, underlay, NAMES[underlay], underlay != BASE):
             put(file, svg)
             written[underlay].append((file, alt))
     put("RESULTS.md", report.markdown(results, written))

@@ -14,6 +14,7 @@
 | `first` | ms from `protected` to the first byte of an answer |
 | `idle1000`, `wakeups` | MB and wake-ups per second of an agent that knows 1,000 workloads and has nothing to do |
 | `rate`, `lost`, `rekeys` | the numbered UDP stream over rekeys: datagrams per second, lost, handshakes |
+| `tenc0`, `socket`, `backlog` | of those lost, what full queues of the kernel dropped: the client's device, the server's socket, a CPU's |
 """
 
 import json
@@ -27,7 +28,7 @@ from shell import Failure, Process, inside, probe, run
 REQUESTS = 3000
 LOAD_STREAMS = 5
 SMALL = 64
-STREAMS = (1, 5, 10, 20)
+STREAMS, QUICK_STREAMS = (1, 5, 10, 20), (1, 5, 10)
 REKEYS, REKEY_AFTER = 15, 2
 # The search for the highest rate without loss: from beyond what the sender can do, to 5 %.
 HIGHEST, STEPS, STEP_SECONDS = 400_000, 10, 2
@@ -50,9 +51,10 @@ class Measure:
             steps.append((("idle",), self.idle))
         if "first" in has:
             steps.append((("first",), self.first))
-        if "tcp" in has:
+        if has & {"tcp", "rtt"}:
             steps.append((("p50", "p99"), self.round_trip))
-            steps += [((f"tcp{n}",), lambda n=n: self.tcp(n)) for n in STREAMS]
+        if "tcp" in has:
+            steps += [((f"tcp{n}",), lambda n=n: self.tcp(n)) for n in (QUICK_STREAMS if self.quick else STREAMS)]
             steps.append((("cpu", "kcpu"), self.cost))
         if "tcp1" in has:
             steps.append((("tcp1",), lambda: self.tcp(1)))
@@ -187,9 +189,10 @@ class Measure:
 
     def stream(self):
         rate = self._rate_without_loss()
-        before = self.row.rekeys()
+        rekeys, queues = self.row.rekeys(), overflows(self.row)
         sent, lost, reached = self._stream(rate / 2, REKEYS * REKEY_AFTER + 4)
-        self.values.update(rate=reached, sent=sent, lost=lost, rekeys=self.row.rekeys() - before)
+        self.values.update(rate=reached, sent=sent, lost=lost, rekeys=self.row.rekeys() - rekeys)
+        self.values.update((name, count - queues[name]) for name, count in overflows(self.row).items())
 
     def _rate_without_loss(self):
         """A rate counts as lossy when two runs in a row lose."""
@@ -247,6 +250,16 @@ def received(end):
     if not got["bytes"]:
         raise Failure("nothing was received")
     return got
+
+
+def overflows(row):
+    """Datagrams that full queues have dropped so far."""
+    device = run(*inside(row.space("a"), "cat", "/proc/net/dev"))
+    tenc0 = next((int(line.split()[12]) for line in device.splitlines() if line.strip().startswith("tenc0:")), 0)
+    names, counts = [line.split() for line in run(*inside(row.space("b"), "cat", "/proc/net/snmp")).splitlines()
+                     if line.startswith("Udp:")]
+    backlog = sum(int(line.split()[1], 16) for line in shell.read("/proc/net/softnet_stat").splitlines())
+    return {"tenc0": tenc0, "socket": int(counts[names.index("RcvbufErrors")]), "backlog": backlog}
 
 
 def find(document, key):

@@ -6,14 +6,16 @@ from measure import LOAD_STREAMS, REQUESTS, SMALL
 from results import PEER, PLAIN, goals
 from underlay import NAMES
 
-# Title, unit and value of each column; the digits after the point.
-COLUMNS = [
-    ("TCP 1", "tcp1", 2), ("5", "tcp5", 2), ("10", "tcp10", 2), ("20", "tcp20", 2),
-    ("CPU s/GB", "cpu", 2), ("kernel", "kcpu", 2), ("UDP", "udp", 2), ("400M s/GB", "cpu400", 2), ("64 B kpps", "pps64", 0),
-    ("p50", "p50", 0), ("p99", "p99", 0), ("loaded p50", "load50", 0), ("p99", "load99", 0),
-    ("MB idle", "idle", 1), ("loaded", "loaded", 1), ("first ms", "first", 1),
+# Title and value of each column, the digits after the point; a ratio has its other row instead.
+THROUGHPUT = [
+    ("TCP 1", "tcp1", 2), ("TCP 5", "tcp5", 2), ("TCP 10", "tcp10", 2), ("TCP 20", "tcp20", 2), ("to plain", PLAIN, None),
+    ("to wg-go", PEER, None), ("CPU s/GB", "cpu", 2), ("kernel", "kcpu", 2), ("UDP", "udp", 2), ("400M s/GB", "cpu400", 2),
+    ("64 B kpps", "pps64", 0),
 ]
-RATIOS = [("to plain", PLAIN), ("to w-go", PEER)]
+REST = [
+    ("p50 us", "p50", 0), ("p99 us", "p99", 0), ("loaded p50 us", "load50", 0), ("loaded p99 us", "load99", 0),
+    ("MB idle", "idle", 1), ("MB loaded", "loaded", 1), ("first byte ms", "first", 1),
+]
 METHOD = f"""\
 TCP and UDP in Gbit/s at iperf3's receiver, from namespace a to namespace b of one machine; TCP with so many streams, cubic on
 both sides; UDP with datagrams of 1,200 bytes (8,000 at MTU 9000) at `-b 0`. The ratios are those of the median over 1, 5 and
@@ -34,29 +36,25 @@ def number(value, digits):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def cells(results, underlay, notes):
-    """The rows of the table, as texts; a value that failed, or a row, has the number of its footnote."""
+def cells(results, underlay, columns, notes):
+    """The rows of a table, as texts; a value that failed, or a row, has the number of its footnote."""
     for row, data in results.rows(underlay).items():
         texts = []
-        for _, name, digits in COLUMNS:
+        for _, name, digits in columns:
+            if digits is None:
+                texts.append(number(results.ratio(underlay, "tcp", row, name), 2))
+                continue
             text = number(results.median(underlay, row, name), digits)
             if name in data["failures"]:
                 text += f"[{notes.number(row, data['failures'][name])}]"
             texts.append(text)
-            if name == "tcp20":
-                texts += [number(results.ratio(underlay, "tcp", row, other), 2) for _, other in RATIOS]
-        marks = [f"[{notes.number(row, data['failures'][what])}]" for what in ("row", "end") if what in data["failures"]]
-        yield data["title"] + "".join(f" {mark}" for mark in marks), texts
+        marks = [f" [{notes.number(row, data['failures'][what])}]" for what in ("row", "end") if what in data["failures"]]
+        if marks or any(text != "-" for text in texts):
+            yield data["title"] + "".join(marks), texts
 
 
-def titles():
-    """As `cells`."""
-    found = []
-    for title, name, _ in COLUMNS:
-        found.append(title)
-        if name == "tcp20":
-            found += [title for title, _ in RATIOS]
-    return found
+def titles(columns):
+    return [title for title, _, _ in columns]
 
 
 class Notes:
@@ -80,7 +78,9 @@ def extra(results, underlay):
         lines.append(f"An agent at rest that knows 1,000 workloads: {memory:.1f} MB private, {number(wakeups, 1)} wake-ups per second.")
     rate, lost, rekeys, sent = (results.median(underlay, "tencrypt-rekey", n) for n in ("rate", "lost", "rekeys", "sent"))
     if rate is not None:
-        lines.append(f"Numbered UDP stream over {rekeys:.0f} rekeys, {rate:.0f} datagrams per second: lost {lost:.0f} of {sent:.0f}.")
+        queues = ", ".join(f"{name} {results.median(underlay, 'tencrypt-rekey', name) or 0:.0f}" for name in ("tenc0", "socket", "backlog"))
+        lines.append(f"Numbered UDP stream over {rekeys:.0f} rekeys, {rate:.0f} datagrams per second: lost {lost:.0f} of {sent:.0f}"
+                     + (f" (full queues of the kernel: {queues})." if lost else "."))
     return lines
 
 
@@ -94,19 +94,24 @@ def terminal(results):
     out += [f"  {name:<20} {text}" for name, text in results.document["facts"].items()]
     for underlay in results.underlays():
         notes = Notes()
-        table = list(cells(results, underlay, notes))
-        heads = titles()
-        wide = [max(len(heads[i]), *(len(texts[i]) for _, texts in table)) for i in range(len(heads))]
-        left = max(len(title) for title, _ in table)
-        out += ["", NAMES[underlay], " " * left + "".join(f"  {h:>{w}}" for h, w in zip(heads, wide))]
-        out += [f"{title:<{left}}" + "".join(f"  {t:>{w}}" for t, w in zip(texts, wide)) for title, texts in table]
+        for columns in (THROUGHPUT, REST):
+            table = list(cells(results, underlay, columns, notes))
+            if table:
+                out += ["", *aligned(NAMES[underlay], titles(columns), table)]
         out += extra(results, underlay)
         out += [f"  [{n}] {line}" for n, line in enumerate(notes.lines, 1)]
-    out += ["", "Goals"]
-    found = goals(results)
+    found = [goal for goal in goals(results) if goal.met is not None]
     left = max((len(goal.text) for goal in found), default=0)
-    out += [f"  {verdict(goal):<13} {goal.text:<{left}}  {goal.measured or ''}".rstrip() for goal in found]
+    out += ["", f"Goals ({len(goals(results)) - len(found)} more were not measured in this run)"]
+    out += [f"  {verdict(goal):<8}{goal.text:<{left}}  {goal.measured}" for goal in found]
     return "\n".join(out)
+
+
+def aligned(where, heads, table):
+    wide = [max(len(heads[i]), *(len(texts[i]) for _, texts in table)) for i in range(len(heads))]
+    left = max(len(where), *(len(title) for title, _ in table))
+    return [f"{name:<{left}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, wide))
+            for name, texts in [(where, heads), *table]]
 
 
 def spread(values, digits):
@@ -126,8 +131,10 @@ def markdown(results, charts):
         out += ["", f"## {NAMES[underlay]}", ""]
         for file, alt in charts.get(underlay, []):
             out += [f"![{alt}]({file})", ""]
-        out += ["| | " + " | ".join(titles()) + " |", "|---|" + "---:|" * len(titles())]
-        out += [f"| {title} | " + " | ".join(texts) + " |" for title, texts in cells(results, underlay, notes)]
+        for columns in (THROUGHPUT, REST):
+            out += ["| | " + " | ".join(titles(columns)) + " |", "|---|" + "---:|" * len(columns)]
+            out += [f"| {title} | " + " | ".join(texts) + " |" for title, texts in cells(results, underlay, columns, notes)]
+            out.append("")
         out += ["", *[f"[{n}] {line}  " for n, line in enumerate(notes.lines, 1)], *[f"{line}  " for line in extra(results, underlay)]]
         out += ["", "Spread of the rounds, median (lowest–highest):", "", "| | TCP 1, Gbit/s | TCP 10, Gbit/s | CPU s/GB | p50, us | p99, us |",
                 "|---|---:|---:|---:|---:|---:|"]

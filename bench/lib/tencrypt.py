@@ -145,6 +145,19 @@ class TencryptAes(Tencrypt):
     cipher = AES
 
 
+class TencryptNoSpin(Tencrypt):
+    """Without the bounded spin: the round trip of an agent that sleeps at once."""
+
+    name, title = "tencrypt-no-spin", f"Tencrypt {CHACHA}, no spin"
+    measures = {"rtt"}
+    arguments = ("--no-spin",)
+
+    def start(self):
+        if self.arguments[0] not in run(self.program, "launch", "--help"):
+            raise Failure(f"this program has no {self.arguments[0]}")
+        super().start()
+
+
 class TencryptV6(Tencrypt):
     name, title = "tencrypt-chacha-v6", f"Tencrypt {CHACHA}, IPv6"
     address = VIP6
@@ -200,4 +213,4 @@ class TencryptIdle(Tencrypt):
 
 
 def classes():
-    return {row.name: row for row in (Tencrypt, TencryptAes, TencryptV6, TencryptAesV6, TencryptRekey, TencryptIdle)}
+    return {row.name: row for row in (Tencrypt, TencryptAes, TencryptV6, TencryptAesV6, TencryptNoSpin, TencryptRekey, TencryptIdle)}
