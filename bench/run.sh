@@ -51,7 +51,7 @@ settings=("PATH=$PATH")
 for name in XDG_CACHE_HOME WIREGUARD_GO NEBULA TINC STUNNEL BORINGTUN GOTATUN SHADOWSOCKS_RUST; do
   [[ -z ${!name:-} ]] || settings+=("$name=${!name}")
 done
-((EUID != 0)) || chmod 666 "$prepared"
+((EUID != 0)) || [[ -z ${SUDO_USER:-} ]] || chown "$SUDO_USER" "$prepared"
 needs=$(as_user env "${settings[@]}" "${python[@]}" "$here/lib/main.py" --prepare "$prepared" "$@")
 if [[ $needs == report ]]; then
   rm -f "$prepared"

@@ -25,7 +25,7 @@ import tencrypt
 from measure import Measure
 from results import BASE, PEER, PLAIN, Results, goals
 from rows import PONG, Row
-from shell import Failure, Process, probe
+from shell import Failure, Process, Unavailable, probe
 from underlay import NAMES, Underlay
 
 BENCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -41,7 +41,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def names(known, what):
+def choice(known, what):
     def parse(text):
         if text == "all":
             return list(known)
@@ -63,10 +63,10 @@ def count(text):
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="run.sh", allow_abbrev=False, description=(
         "The speed of Tencrypt beside clear traffic and beside what people would use instead. Wants an idle machine."))
-    parser.add_argument("--peers", metavar="all|LIST", type=names(peers.classes(), "peer"), default=[PEER],
+    parser.add_argument("--peers", metavar="all|LIST", type=choice(peers.classes(), "peer"), default=[PEER],
                         help=f"what to compare with, installed when missing (default {PEER}): {', '.join(peers.classes())}")
-    parser.add_argument("--only", metavar="ROW,…", type=names(classes(), "row"), help=f"only these rows: {', '.join(classes())}")
-    parser.add_argument("--underlay", metavar="all|LIST", type=names(NAMES, "underlay"), default=["veth1500"],
+    parser.add_argument("--only", metavar="ROW,…", type=choice(classes(), "row"), help=f"only these rows: {', '.join(classes())}")
+    parser.add_argument("--underlay", metavar="all|LIST", type=choice(NAMES, "underlay"), default=["veth1500"],
                         help=f"the network under them (default veth1500): {', '.join(NAMES)}")
     parser.add_argument("--rounds", type=count, help="rounds of all rows (default 5)")
     parser.add_argument("--seconds", type=count, help="seconds per iperf3 run (default 5)")
@@ -121,7 +121,7 @@ class Bench:
         facts = {"CPU": f"{cpu}, {os.cpu_count()} cores", "kernel": f"{platform.system()} {platform.release()}",
                  "load at the start": " ".join(shell.read("/proc/loadavg").split()[:3]),
                  "congestion control": "cubic on both sides, proxies included",
-                 "underlay": "; ".join(NAMES[name] for name in self.args.underlay) + "; offloads on",
+                 "underlay": underlays(self.args.underlay),
                  "iperf3": shell.run("iperf3", "--version").split()[1],
                  "rounds": f"{self.args.rounds}, interleaved, {self.args.seconds} s per iperf3 run"}
         if self.program:
@@ -160,14 +160,14 @@ class Bench:
         if number and kind.measures == {"idle"}:
             self.progress(number, underlay, name, "once is enough", began)
             return
+        text = ""
         try:
             row = self.make(kind)
-        except Failure as failure:
-            data["failures"]["row"] = str(failure)
+        except Unavailable as failure:
+            data["failures"]["unavailable"] = str(failure)
             self.progress(number, underlay, name, str(failure), began)
             return
         self.row = row
-        text = ""
         try:
             row.up()
             took = Measure(row, self.args.seconds, self.args.quick, number == 0).all()
@@ -175,6 +175,8 @@ class Bench:
                 data["values"].setdefault(value, []).append(amount)
             data["failures"].update(took.failures)
             text = brief(took)
+        except Unavailable as failure:
+            data["failures"]["unavailable"] = text = str(failure)
         except Failure as failure:
             data["failures"]["row"] = f"round {number + 1}: {failure}"
             text = f"failed: {failure}"
@@ -191,7 +193,7 @@ class Bench:
         if kind.name in peers.classes():
             found = self.found[kind.name]
             if "reason" in found:
-                raise Failure(found["reason"])
+                raise Unavailable(found["reason"])
             kind.program, kind.version = found["program"], found["version"]
         elif kind.name != PLAIN:
             kind.program = self.program
@@ -252,14 +254,13 @@ def write(results):
     for underlay in results.underlays():
         written[underlay] = []
         for file, alt, svg in chart.charts(results, underlay, NAMES[underlay], underlay != BASE):
-            put(file, svg)
+            put(os.path.join(BENCH, file), svg)
             written[underlay].append((file, alt))
-    put("RESULTS.md", report.markdown(results, written))
+    put(os.path.join(BENCH, "RESULTS.md"), report.markdown(results, written))
 
 
-def put(file, text):
-    """As the user who called sudo."""
-    path = os.path.join(BENCH, file)
+def put(path, text):
+    """The file is that of the user who called sudo."""
     with open(path, "w", encoding="utf-8") as out:
         out.write(text)
     if os.geteuid() == 0 and os.environ.get("SUDO_UID"):
@@ -277,7 +278,12 @@ def load(files):
         else:
             whole["underlays"].update(document["underlays"])
             whole["facts"] = {**document["facts"], **whole["facts"]}
+    whole["facts"]["underlay"] = underlays(whole["underlays"])
     return whole
+
+
+def underlays(chosen):
+    return "; ".join(NAMES[name] for name in chosen) + "; offloads on"
 
 
 def stop(number, _frame):
@@ -302,8 +308,7 @@ def main():
             bench.close()
     results = Results(document)
     if args.save:
-        with open(args.save, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
+        put(args.save, json.dumps(document, indent=1) + "\n")
     print()
     print(report.terminal(results))
     if args.write and not document["settings"]["quick"]:

@@ -48,7 +48,7 @@ def cells(results, underlay, columns, notes):
             if name in data["failures"]:
                 text += f"[{notes.number(row, data['failures'][name])}]"
             texts.append(text)
-        marks = [f" [{notes.number(row, data['failures'][what])}]" for what in ("row", "end") if what in data["failures"]]
+        marks = [f" [{notes.number(row, data['failures'][what])}]" for what in ("unavailable", "row", "end") if what in data["failures"]]
         if marks or any(text != "-" for text in texts):
             yield data["title"] + "".join(marks), texts
 

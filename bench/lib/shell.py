@@ -14,6 +14,10 @@ class Failure(Exception):
     """Something of one row or one measurement did not work; the text is its reason."""
 
 
+class Unavailable(Failure):
+    """A row that cannot be had on this machine, or of this program."""
+
+
 def last_line(text):
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1][:160] if lines else "no message"

@@ -8,7 +8,7 @@ import os
 
 import shell
 from rows import IPERF, PONG, SINK, Row
-from shell import Failure, Process, inside, probe, run
+from shell import Failure, Process, Unavailable, inside, probe, run
 from underlay import V4, V6
 
 VIP4, VIP6 = "10.96.1.20", "fd00:10:96::114"
@@ -124,8 +124,9 @@ class Tencrypt(Row):
         refused = []
         for processes in self.ends.values():
             for process in processes:
+                ran = process.running()
                 orderly = process.stop(STOP_LIMIT)
-                if not orderly or process.popen.returncode != 0:
+                if ran and (not orderly or process.popen.returncode != 0):
                     refused.append(f"a launcher ended with {process.popen.returncode}: {shell.last_line(process.said())}")
             processes.clear()
         # An agent outlives a launcher that was killed.
@@ -154,7 +155,7 @@ class TencryptNoSpin(Tencrypt):
 
     def start(self):
         if self.arguments[0] not in run(self.program, "launch", "--help"):
-            raise Failure(f"this program has no {self.arguments[0]}")
+            raise Unavailable(f"this program has no {self.arguments[0]}")
         super().start()
 
 
