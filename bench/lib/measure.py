@@ -85,12 +85,11 @@ class Measure:
         row, seconds = self.row, seconds or self.seconds
         server = iperf_server(row)
         try:
-            kernel = shell.kernel_threads()
-            before, kernel_before = shell.cpu_seconds(row.pids()), shell.cpu_seconds(kernel)
+            before, kernel_before = shell.cpu_times(row.pids()), shell.cpu_times(shell.kernel_threads())
             sampler = threading.Timer(seconds * 0.7, self._sample)
             sampler.start()
             text = run(*iperf_client(row, seconds, *arguments), limit=seconds + 20)
-            cpu, kernel_cpu = shell.cpu_seconds(row.pids()) - before, shell.cpu_seconds(kernel) - kernel_before
+            cpu, kernel_cpu = shell.cpu_seconds(row.pids(), before), shell.cpu_seconds(shell.kernel_threads(), kernel_before)
             sampler.join()
         finally:
             server.stop()

@@ -146,14 +146,19 @@ def descendants(roots):
     return found
 
 
-def cpu_seconds(pids):
-    """User and system time so far of these processes, all their threads."""
-    total = 0
+def cpu_times(pids):
+    """User and system time so far of each of these processes, all its threads, in ticks."""
+    found = {}
     for pid in pids:
         fields = stat(pid)
         if fields:
-            total += int(fields[11]) + int(fields[12])
-    return total / TICKS
+            found[pid] = int(fields[11]) + int(fields[12])
+    return found
+
+
+def cpu_seconds(pids, before):
+    """What they have spent since; one that has ended meanwhile is left out, one that is new counts whole."""
+    return sum(now - before.get(pid, 0) for pid, now in cpu_times(pids).items()) / TICKS
 
 
 def kernel_threads():
