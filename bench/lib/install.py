@@ -21,7 +21,7 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PEERS = {
     "wireguard-go": {"packages": ["wireguard-go", "wireguard-tools"], "backport": True, "program": "wireguard-go"},
     "nebula": {"packages": ["nebula"], "program": "nebula", "module": (
-        "github.com/slackhq/nebula", "v1.12.0", ["cmd/nebula", "cmd/nebula-cert"])},
+        "github.com/slackhq/nebula", "v1.10.3", ["cmd/nebula", "cmd/nebula-cert"])},
     "tinc": {"packages": ["tinc"], "program": "tincd"},
     "stunnel": {"packages": ["stunnel4", "openssl"], "program": "stunnel4"},
     "boringtun": {"packages": ["wireguard-tools"], "crate": ("boringtun-cli", "0.7.1", []), "program": "boringtun-cli"},
@@ -36,17 +36,15 @@ def install(name, say):
     how = PEERS[name]
     override = os.environ.get(name.upper().replace("-", "_"))
     try:
-        if how["packages"]:
-            packages(how["packages"])
         if override:
             return {"program": os.path.abspath(override), "version": f"given as {override}"}
+        found = module(how, say) if "module" in how else None
+        if not found and how["packages"]:
+            packages(how["packages"])
         if "crate" in how:
-            return crate(how, say)
-        found = None
-        if how.get("backport"):
+            found = crate(how, say)
+        elif how.get("backport"):
             found = backport(how, say)
-        elif "module" in how:
-            found = module(how, say)
         if found:
             return found
         program = shutil.which(how["program"], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
