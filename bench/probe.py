@@ -1,4 +1,4 @@
-"""Probes of the benchmark: round trips over TCP, the first byte, and a numbered UDP stream.
+"""Probes of the benchmark: round trips over TCP, the first byte, a numbered UDP stream, and a flood.
 
     probe.py pong PORT                  TCP, dual stack, a thread per connection: each request goes back as its answer;
                                         prints `ready`
@@ -13,6 +13,9 @@
                                         `received N duplicate D reordered R`
     probe.py stream ADDRESS PORT PPS SECONDS
                                         sends that stream, 1200 bytes each; prints `sent N seconds S errors E`
+    probe.py drain PORT                 UDP, dual stack: counts a flood; prints `ready`, then `received N seconds S`
+    probe.py flood ADDRESS PORT SIZE SECONDS
+                                        sends datagrams of one size as fast as one thread can; prints `sent N`
 
 A datagram of the stream starts with its number, from 0; the number END closes the stream.
 """
@@ -20,6 +23,7 @@ A datagram of the stream starts with its number, from 0; the number END closes t
 import ctypes
 import gc
 import os
+import select
 import socket
 import struct
 import sys
@@ -42,6 +46,12 @@ RECEIVE_BUFFER = 32 << 20
 # prctl: timers as exact as the kernel can (the default slack of 50 us is half a tick of the pacing).
 PR_SET_TIMERSLACK = 29
 TICK = 0.0002
+# A flood takes so many datagrams per system call, each one a packet of its own: what a program can send that does
+# not build super-packets. Silence ends it.
+BATCH = 64
+FLOOD_BUFFER = 4 << 20
+FLOOD_SILENCE = 1.0
+MSG_WAITFORONE = 0x10000
 
 
 def dual_stack(kind, port):
@@ -222,6 +232,60 @@ def stream(address, port, pps, seconds):
     print(f"sent {sent} seconds {elapsed:.3f} errors {errors}")
 
 
+class Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+class Header(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_void_p), ("name_size", ctypes.c_uint), ("vector", ctypes.POINTER(Vector)),
+                ("vectors", ctypes.c_size_t), ("control", ctypes.c_void_p), ("control_size", ctypes.c_size_t),
+                ("flags", ctypes.c_int)]
+
+
+class Message(ctypes.Structure):
+    """struct mmsghdr."""
+
+    _fields_ = [("header", Header), ("done", ctypes.c_uint)]
+
+
+def batch(size):
+    """So many messages that share one buffer; whoever uses them keeps all three."""
+    buffer = ctypes.create_string_buffer(size)
+    vector = Vector(ctypes.cast(buffer, ctypes.c_void_p), size)
+    messages = (Message * BATCH)()
+    for message in messages:
+        message.header.vector, message.header.vectors = ctypes.pointer(vector), 1
+    return messages, vector, buffer
+
+
+def flood(address, port, size, seconds):
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect((address, port))
+    messages, *keep = batch(size)
+    sendmmsg, fd, clock = ctypes.CDLL(None).sendmmsg, sock.fileno(), time.perf_counter
+    sent = 0
+    until = clock() + seconds
+    while clock() < until:
+        sent += max(sendmmsg(fd, messages, BATCH, 0), 0)
+    print(f"sent {sent}")
+
+
+def drain(port):
+    sock = dual_stack(socket.SOCK_DGRAM, port)
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, FLOOD_BUFFER)
+    messages, *keep = batch(2048)
+    recvmmsg, fd, clock = ctypes.CDLL(None).recvmmsg, sock.fileno(), time.perf_counter
+    print("ready", flush=True)
+    select.select([sock], [], [], 30)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(FLOOD_SILENCE), 0))
+    received = 0
+    began = last = clock()
+    while (got := recvmmsg(fd, messages, BATCH, MSG_WAITFORONE, None)) > 0:
+        received += got
+        last = clock()
+    print(f"received {received} seconds {last - began:.3f}")
+
+
 def main():
     gc.disable()
     command, *args = sys.argv[1:] or [""]
@@ -239,6 +303,10 @@ def main():
         sink(int(args[0]))
     elif command == "stream" and len(args) == 4:
         stream(args[0], int(args[1]), float(args[2]), float(args[3]))
+    elif command == "flood" and len(args) == 4:
+        flood(args[0], int(args[1]), int(args[2]), float(args[3]))
+    elif command == "drain" and len(args) == 1:
+        drain(int(args[0]))
     else:
         sys.exit(__doc__)
 

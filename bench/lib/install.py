@@ -36,11 +36,11 @@ def install(name, say):
     how = PEERS[name]
     override = os.environ.get(name.upper().replace("-", "_"))
     try:
-        if override:
-            return {"program": os.path.abspath(override), "version": f"given as {override}"}
-        found = module(how, say) if "module" in how else None
+        found = module(how, say) if "module" in how and not override else None
         if not found and how["packages"]:
             packages(how["packages"])
+        if override:
+            return {"program": os.path.abspath(override), "version": f"given as {override}"}
         if "crate" in how:
             found = crate(how, say)
         elif how.get("backport"):

@@ -25,7 +25,7 @@ taken down after it; rounds are interleaved, each begun with another row. Values
 *CPU s/GB*: user and system time of the tunnel's processes at both ends (Tencrypt: agents and launchers) per 10^9 bytes received,
 over all TCP runs; *kernel*: the same of the machine's kernel threads, whatever they worked for: compare it with plain's. What the
 kernel does in interrupts is charged to whoever was interrupted, in no column. *400M*: of the tunnel's processes, UDP at 400 Mbit/s.
-*64 B*: thousand datagrams of {SMALL} bytes received per second. Round trips: TCP, 64 bytes, one connection, {REQUESTS} of them, in us;
+*64 B*: thousand datagrams of {SMALL} bytes received per second, of as many as one thread can send (`probe.py flood`: sendmmsg). Round trips: TCP, 64 bytes, one connection, {REQUESTS} of them, in us;
 *loaded*: the same on a flow of its own while iperf3 sends {LOAD_STREAMS} streams. Memory: Private_* of smaps_rollup in MB, the larger end
 (Tencrypt: the agent): before any load, and the most that was seen under it. *First*: from the line `protected` to the first byte
 of an answer.
