@@ -268,11 +268,14 @@ def put(path, text):
 
 
 def load(files):
-    """Runs that were kept, as one: their underlays side by side, the facts of the first."""
+    """Runs that were kept, as one: their underlays side by side, the facts and the settings of the first."""
     whole = None
     for file in files.split(","):
-        with open(file, encoding="utf-8") as text:
-            document = json.load(text)
+        try:
+            with open(file, encoding="utf-8") as text:
+                document = json.load(text)
+        except (OSError, ValueError) as error:
+            raise Failure(f"{file}: {error}") from None
         if whole is None:
             whole = document
         else:
@@ -311,7 +314,9 @@ def main():
         put(args.save, json.dumps(document, indent=1) + "\n")
     print()
     print(report.terminal(results))
-    if args.write and not document["settings"]["quick"]:
+    if args.write:
+        if document["settings"]["quick"]:
+            raise Failure("a quick run measures too little to be written")
         write(results)
     return 1 if any(goal.met is False for goal in goals(results)) else 0
 

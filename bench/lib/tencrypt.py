@@ -88,8 +88,10 @@ class Tencrypt(Row):
             # The client's time to first byte is measured by one who waits for the line that says `protected`.
             waiter = ("first", self.address, self.ports["pong"]) if end == "a" else ("protected",)
             said, says = os.pipe()
+            # The reading end is kept open: a launcher that says more must not meet a closed pipe.
+            self.kept.append(said)
+            waiting = Process(probe(self.space(end), *waiter), self.file(f"first-{end}.out"), stdin=said)
             try:
-                waiting = Process(probe(self.space(end), *waiter), self.file(f"first-{end}.out"), stdin=said)
                 waiting.await_line("ready")
                 self.launch(end, says)
                 os.close(says)
@@ -98,11 +100,9 @@ class Tencrypt(Row):
                     self.alive()
                     raise Failure(f"not protected: {shell.last_line(waiting.said())}")
             finally:
+                waiting.stop()
                 if says is not None:
                     os.close(says)
-                # Kept open: a launcher that says more must not meet a closed pipe.
-                self.kept.append(said)
-                os.set_blocking(said, False)
             self.agents[end] = self._agent(end)
         self.first_byte = float(shell.last_line(waiting.said()).split()[-1])
 
