@@ -1,11 +1,21 @@
-"""Probes of the benchmark: round trips over TCP, and a numbered UDP stream.
+"""Probes of the benchmark: round trips over TCP, the first byte, a numbered UDP stream, and a flood.
 
-    probe.py pong PORT                  TCP, dual stack: each request goes back as its answer
-    probe.py ping ADDRESS PORT COUNT    one connection, 64-byte requests; prints p50 and p99 in us
+    probe.py pong PORT                  TCP, dual stack, a thread per connection: each request goes back as its answer;
+                                        prints `ready`
+    probe.py ping ADDRESS PORT COUNT SECONDS
+                                        one connection, 64-byte requests, so many or so long; prints p50, p99 in us and
+                                        how many there were
+    probe.py reach ADDRESS PORT SECONDS tries until an answer comes
+    probe.py protected                  prints `ready`, reads up to a line that begins with `protected`
+    probe.py first ADDRESS PORT         the same, then connects at once; prints `first` and the ms from that line to the
+                                        first byte of an answer
     probe.py sink PORT                  UDP, dual stack: counts one stream; prints `ready`, then
                                         `received N duplicate D reordered R`
     probe.py stream ADDRESS PORT PPS SECONDS
                                         sends that stream, 1200 bytes each; prints `sent N seconds S errors E`
+    probe.py drain PORT                 UDP, dual stack: counts a flood; prints `ready`, then `received N seconds S`
+    probe.py flood ADDRESS PORT SIZE SECONDS
+                                        sends datagrams of one size as fast as one thread can; prints `sent N`
 
 A datagram of the stream starts with its number, from 0; the number END closes the stream.
 """
@@ -13,9 +23,11 @@ A datagram of the stream starts with its number, from 0; the number END closes t
 import ctypes
 import gc
 import os
+import select
 import socket
 import struct
 import sys
+import threading
 import time
 
 REQUEST = 64
@@ -34,6 +46,12 @@ RECEIVE_BUFFER = 32 << 20
 # prctl: timers as exact as the kernel can (the default slack of 50 us is half a tick of the pacing).
 PR_SET_TIMERSLACK = 29
 TICK = 0.0002
+# A flood takes so many datagrams per system call, each one a packet of its own: what a program can send that does
+# not build super-packets. Silence ends it.
+BATCH = 64
+FLOOD_BUFFER = 4 << 20
+FLOOD_SILENCE = 1.0
+MSG_WAITFORONE = 0x10000
 
 
 def dual_stack(kind, port):
@@ -55,36 +73,92 @@ def read_exactly(sock, buffer):
     return True
 
 
+def echo(sock):
+    buffer = bytearray(REQUEST)
+    try:
+        cubic(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while read_exactly(sock, buffer):
+            sock.sendall(buffer)
+    except OSError:
+        # A client that went away is no news.
+        pass
+    finally:
+        sock.close()
+
+
 def pong(port):
     listener = dual_stack(socket.SOCK_STREAM, port)
     listener.listen(16)
-    buffer = bytearray(REQUEST)
+    print("ready", flush=True)
     while True:
         sock, _ = listener.accept()
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while read_exactly(sock, buffer):
-                sock.sendall(buffer)
-        except OSError:
-            # A client that went away is no news.
-            pass
-        finally:
-            sock.close()
+        threading.Thread(target=echo, args=(sock,), daemon=True).start()
 
 
-def ping(address, port, count):
-    sock = socket.create_connection((address, port), timeout=10)
+def cubic(sock):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+
+
+def connect(address, port, timeout):
+    sock = socket.create_connection((address, port), timeout=timeout)
+    cubic(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def ping(address, port, count, seconds):
+    sock = connect(address, port, 10)
     buffer = bytearray(REQUEST)
     times = []
-    for _ in range(WARM_UP + count):
+    until = time.perf_counter_ns() + int(seconds * 1e9)
+    while len(times) < WARM_UP + count:
         began = time.perf_counter_ns()
+        if began > until:
+            break
         sock.sendall(buffer)
         if not read_exactly(sock, buffer):
             sys.exit("probe.py: the connection ended")
         times.append(time.perf_counter_ns() - began)
-    times = sorted(times[WARM_UP:])
-    print(f"{times[count // 2] / 1000:.1f} {times[count * 99 // 100] / 1000:.1f}")
+    times = sorted(times[min(WARM_UP, len(times) // 10):])
+    n = len(times)
+    if not n:
+        sys.exit("probe.py: no answer in time")
+    print(f"{times[n // 2] / 1000:.1f} {times[n * 99 // 100] / 1000:.1f} {n}")
+
+
+def reach(address, port, seconds):
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with connect(address, port, 1) as sock:
+                sock.sendall(bytes(REQUEST))
+                if read_exactly(sock, bytearray(REQUEST)):
+                    return
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            sys.exit("probe.py: no answer")
+        time.sleep(0.02)
+
+
+def protected():
+    print("ready", flush=True)
+    line = b""
+    while not line.startswith(b"protected") or not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit("probe.py: no line that begins with `protected`")
+        line = byte if line.endswith(b"\n") else line + byte
+
+
+def first(address, port):
+    protected()
+    began = time.perf_counter_ns()
+    sock = connect(address, port, 10)
+    sock.sendall(bytes(REQUEST))
+    sock.recv(1)
+    print(f"first {(time.perf_counter_ns() - began) / 1e6:.3f}")
 
 
 def sink(port):
@@ -158,17 +232,81 @@ def stream(address, port, pps, seconds):
     print(f"sent {sent} seconds {elapsed:.3f} errors {errors}")
 
 
+class Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+class Header(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_void_p), ("name_size", ctypes.c_uint), ("vector", ctypes.POINTER(Vector)),
+                ("vectors", ctypes.c_size_t), ("control", ctypes.c_void_p), ("control_size", ctypes.c_size_t),
+                ("flags", ctypes.c_int)]
+
+
+class Message(ctypes.Structure):
+    """struct mmsghdr."""
+
+    _fields_ = [("header", Header), ("done", ctypes.c_uint)]
+
+
+def batch(size):
+    """So many messages that share one buffer; whoever uses them keeps all three."""
+    buffer = ctypes.create_string_buffer(size)
+    vector = Vector(ctypes.cast(buffer, ctypes.c_void_p), size)
+    messages = (Message * BATCH)()
+    for message in messages:
+        message.header.vector, message.header.vectors = ctypes.pointer(vector), 1
+    return messages, vector, buffer
+
+
+def flood(address, port, size, seconds):
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect((address, port))
+    messages, *keep = batch(size)
+    sendmmsg, fd, clock = ctypes.CDLL(None).sendmmsg, sock.fileno(), time.perf_counter
+    sent = 0
+    until = clock() + seconds
+    while clock() < until:
+        sent += max(sendmmsg(fd, messages, BATCH, 0), 0)
+    print(f"sent {sent}")
+
+
+def drain(port):
+    sock = dual_stack(socket.SOCK_DGRAM, port)
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, FLOOD_BUFFER)
+    messages, *keep = batch(2048)
+    recvmmsg, fd, clock = ctypes.CDLL(None).recvmmsg, sock.fileno(), time.perf_counter
+    print("ready", flush=True)
+    select.select([sock], [], [], 30)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(FLOOD_SILENCE), 0))
+    received = 0
+    began = last = clock()
+    while (got := recvmmsg(fd, messages, BATCH, MSG_WAITFORONE, None)) > 0:
+        received += got
+        last = clock()
+    print(f"received {received} seconds {last - began:.3f}")
+
+
 def main():
     gc.disable()
     command, *args = sys.argv[1:] or [""]
     if command == "pong" and len(args) == 1:
         pong(int(args[0]))
-    elif command == "ping" and len(args) == 3:
-        ping(args[0], int(args[1]), int(args[2]))
+    elif command == "ping" and len(args) == 4:
+        ping(args[0], int(args[1]), int(args[2]), float(args[3]))
+    elif command == "reach" and len(args) == 3:
+        reach(args[0], int(args[1]), float(args[2]))
+    elif command == "protected" and not args:
+        protected()
+    elif command == "first" and len(args) == 2:
+        first(args[0], int(args[1]))
     elif command == "sink" and len(args) == 1:
         sink(int(args[0]))
     elif command == "stream" and len(args) == 4:
         stream(args[0], int(args[1]), float(args[2]), float(args[3]))
+    elif command == "flood" and len(args) == 4:
+        flood(args[0], int(args[1]), int(args[2]), float(args[3]))
+    elif command == "drain" and len(args) == 1:
+        drain(int(args[0]))
     else:
         sys.exit(__doc__)
 
