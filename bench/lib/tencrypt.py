@@ -151,7 +151,7 @@ class TencryptNoSpin(Tencrypt):
 
     name, title = "tencrypt-no-spin", f"Tencrypt {CHACHA}, no spin"
     measures = {"rtt"}
-    arguments = ("--no-spin",)
+    arguments = ("--spin", "0")
 
     def start(self):
         if self.arguments[0] not in run(self.program, "launch", "--help"):

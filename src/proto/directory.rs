@@ -83,6 +83,11 @@ pub enum Change {
     SetExempt(IpAddr),
     /// The address is no longer exempt.
     RemoveExempt(IpAddr),
+    /// A Service by its name, in lower case, that leads out of the project: its endpoints are elsewhere, or it is another name
+    /// for something elsewhere.
+    SetExternal(String),
+    /// The Service does so no longer.
+    RemoveExternal(String),
 }
 
 /// A server accepts a VIP and port this long after the last slice that listed it is gone.
@@ -95,6 +100,8 @@ pub struct Directory {
     workloads: BTreeMap<IpAddr, Workload>,
     vips: BTreeMap<IpAddr, Vip>,
     exempt: BTreeSet<IpAddr>,
+    /// Names of Services that lead out of the project.
+    external: BTreeSet<String>,
     /// (VIP, protocol, port) for which we are an endpoint: our address and target port, and until when if it was removed.
     served: BTreeMap<(IpAddr, u8, u16), Served>,
 }
@@ -133,19 +140,25 @@ impl Directory {
     #[must_use]
     pub fn missing_from(&self, whole: &[Change]) -> Vec<Change> {
         let (mut workloads, mut vips, mut exempt) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let mut external = BTreeSet::new();
         for change in whole {
             match change {
                 Change::SetWorkload(workload) => workloads.insert(workload.address),
                 Change::SetVip(vip) => vips.insert(vip.address),
                 Change::SetExempt(address) => exempt.insert(*address),
-                Change::RemoveWorkload(_) | Change::RemoveVip(_) | Change::RemoveExempt(_) => false,
+                Change::SetExternal(name) => external.insert(name.clone()),
+                Change::RemoveWorkload(_)
+                | Change::RemoveVip(_)
+                | Change::RemoveExempt(_)
+                | Change::RemoveExternal(_) => false,
             };
         }
         let vips = self.vips.keys().filter(|a| !vips.contains(a)).map(|a| Change::RemoveVip(*a));
         let workloads =
             self.workloads.keys().filter(|a| !workloads.contains(a)).map(|a| Change::RemoveWorkload(*a));
         let exempt = self.exempt.difference(&exempt).map(|a| Change::RemoveExempt(*a));
-        vips.chain(workloads).chain(exempt).collect()
+        let external = self.external.difference(&external).cloned().map(Change::RemoveExternal);
+        vips.chain(workloads).chain(exempt).chain(external).collect()
     }
 
     /// Applies one change.
@@ -185,6 +198,14 @@ impl Directory {
                 self.exempt.remove(&address);
                 Effect::None
             }
+            Change::SetExternal(name) => {
+                self.external.insert(name);
+                Effect::None
+            }
+            Change::RemoveExternal(name) => {
+                self.external.remove(&name);
+                Effect::None
+            }
         }
     }
 
@@ -222,6 +243,12 @@ impl Directory {
     #[must_use]
     pub fn is_workload(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address)
+    }
+
+    /// Whether the Service of this name, in lower case, leads out of the project.
+    #[must_use]
+    pub fn is_external(&self, service: &str) -> bool {
+        self.external.contains(service)
     }
 
     /// Whether the address is never learned, whatever DNS says.

@@ -146,8 +146,8 @@ impl Dns {
     /// An answer came on the socket of `query`.
     ///
     /// # Errors
-    /// `DnsMalformed` where it is not the answer to the query (a forgery, or late): go on listening. `DnsUnparsed` and
-    /// `DnsOverload` where it is, but may not be released: the socket is done with.
+    /// `DnsMalformed` where it is not the answer to the query (a forgery, or late): go on listening. `DnsUnparsed`,
+    /// `DnsContradicted` and `DnsOverload` where it is, but may not be released: the socket is done with.
     pub fn handle_answer(
         &mut self,
         query: QueryId,
@@ -188,7 +188,7 @@ impl Dns {
     /// A message came from the upstream of a TCP connection.
     ///
     /// # Errors
-    /// `DnsUnparsed`, `DnsOverload`: it may not be released; the connection has to be closed.
+    /// `DnsUnparsed`, `DnsContradicted`, `DnsOverload`: it may not be released; the connection has to be closed.
     pub fn handle_stream_answer(
         &mut self,
         stream: StreamId,
@@ -211,7 +211,10 @@ impl Dns {
         let waits_for = match &self.zone {
             None => Vec::new(),
             Some(zone) => match dns::lesson(&bytes, zone) {
-                Ok(lesson) => self.learn(lesson, directory, routing, now)?,
+                Ok(lesson) => {
+                    self.judge(&lesson, zone, directory)?;
+                    self.learn(lesson, directory, routing, now)?
+                }
                 Err(unparsed) if unparsed.in_zone => return Err(DropReason::DnsUnparsed),
                 Err(_) => Vec::new(),
             },
@@ -221,6 +224,21 @@ impl Dns {
         }
         self.held.push_back(Held { asker, bytes, waits_for, deadline: now.instant + HELD_LIFE });
         Ok(())
+    }
+
+    /// Whoever forges answers could lead an application out of the project, where nothing is sealed: only a Service that the
+    /// directory knows to be elsewhere may lead there.
+    fn judge(&self, lesson: &dns::Lesson, zone: &Name, directory: &Directory) -> Result<(), DropReason> {
+        let leads_out = |owner: &Name| {
+            let inside = usize::from(owner.num_labels()).checked_sub(usize::from(zone.num_labels()) + 1);
+            let service =
+                inside.and_then(|at| owner.iter().nth(at)).and_then(|label| str::from_utf8(label).ok());
+            service.is_some_and(|service| directory.is_external(service))
+        };
+        let stays = |address: IpAddr| self.own.contains(&address) || self.is_learnable(address, directory);
+        let addresses = lesson.owned.iter().all(|(owner, address)| stays(*address) || leads_out(owner));
+        let names = lesson.targets.iter().all(|(owner, target)| zone.zone_of(target) || leads_out(owner));
+        if addresses && names { Ok(()) } else { Err(DropReason::DnsContradicted) }
     }
 
     fn learn(

@@ -63,6 +63,8 @@ pub enum DropReason {
     DnsMalformed,
     /// An answer to a question in the zone that cannot be parsed completely.
     DnsUnparsed,
+    /// An answer leads a name of the project's zone out of the project, and the directory does not.
+    DnsContradicted,
     /// More DNS queries in flight than the agent keeps.
     DnsOverload,
     /// Nobody answered a forwarded DNS query.
@@ -77,7 +79,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -107,6 +109,7 @@ impl DropReason {
         Self::NotForUs,
         Self::DnsMalformed,
         Self::DnsUnparsed,
+        Self::DnsContradicted,
         Self::DnsOverload,
         Self::DnsTimeout,
         Self::KernelRefused,
@@ -147,6 +150,7 @@ impl DropReason {
             Self::NotForUs => "not_for_us",
             Self::DnsMalformed => "dns_malformed",
             Self::DnsUnparsed => "dns_unparsed",
+            Self::DnsContradicted => "dns_contradicted",
             Self::DnsOverload => "dns_overload",
             Self::DnsTimeout => "dns_timeout",
             Self::KernelRefused => "kernel_refused",

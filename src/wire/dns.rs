@@ -82,6 +82,10 @@ fn question_section(message: &[u8]) -> Option<&[u8]> {
 pub struct Lesson {
     /// Addresses whose owner name is inside the zone, with the smallest time to live seen, in seconds.
     pub addresses: BTreeMap<IpAddr, u32>,
+    /// The same addresses with their owner names.
+    pub owned: BTreeSet<(Name, IpAddr)>,
+    /// Names inside the zone, with the names that they are said to stand for.
+    pub targets: BTreeSet<(Name, Name)>,
 }
 
 /// An answer that could not be read completely.
@@ -171,23 +175,29 @@ fn collect(
     for record in answer.iter().filter(|r| r.kind == TYPE_CNAME) {
         aliases.entry(&record.owner).or_default().push(name_at(message, record, 0, steps)?.0);
     }
+    let mut lesson = Lesson::default();
     let mut reached = BTreeSet::new();
     let mut queue: Vec<Name> = asked.iter().map(Name::to_lowercase).collect();
     while let Some(name) = queue.pop() {
         if let Some(targets) = aliases.get(&name) {
+            targets.iter().for_each(|target| lead(&mut lesson, zone, &name, target));
             queue.extend(targets.iter().filter(|t| !reached.contains(*t)).cloned());
         }
         reached.insert(name);
     }
-    let mut lesson = Lesson::default();
     let mut targets = BTreeSet::new();
     for record in answer.iter().filter(|r| reached.contains(&r.owner)) {
         match record.kind {
             TYPE_A | TYPE_AAAA => learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]),
-            TYPE_SRV => drop(targets.insert(name_at(message, record, 6, steps)?.0)),
+            TYPE_SRV => {
+                let (target, _) = name_at(message, record, 6, steps)?;
+                lead(&mut lesson, zone, &record.owner, &target);
+                targets.insert(target);
+            }
             TYPE_SVCB | TYPE_HTTPS => {
                 let (target, end) = name_at(message, record, 2, steps)?;
                 let target = if target.is_root() { record.owner.clone() } else { target };
+                lead(&mut lesson, zone, &record.owner, &target);
                 learn(&mut lesson, zone, &target, record.ttl, &hints(record.data.get(end..)?)?);
                 targets.insert(target);
             }
@@ -202,12 +212,19 @@ fn collect(
     Some(lesson)
 }
 
+fn lead(lesson: &mut Lesson, zone: &Name, owner: &Name, target: &Name) {
+    if zone.zone_of(owner) {
+        lesson.targets.insert((owner.clone(), target.clone()));
+    }
+}
+
 fn learn(lesson: &mut Lesson, zone: &Name, owner: &Name, ttl: u32, addresses: &[IpAddr]) {
     if zone.zone_of(owner) {
         // RFC 2181 §8: a TTL with the top bit set is zero.
         let ttl = if ttl > i32::MAX.unsigned_abs() { 0 } else { ttl };
         for address in addresses {
             lesson.addresses.entry(*address).and_modify(|old| *old = ttl.min(*old)).or_insert(ttl);
+            lesson.owned.insert((owner.clone(), *address));
         }
     }
 }

@@ -305,8 +305,10 @@ fn answer_queries(attack: &Attack, tap: &Sniffer, poison: [u8; 4]) {
     }
 }
 
-/// The attacker's own address, and one of the outside. (Where DNS may rightly lead a name out of the project, to a node
-/// or by CNAME, a forged answer leads there too.)
+/// Addresses that are never protected: a node's and the resolver's. No name of the project leads there.
+const LEADING_OUT: [[u8; 4]; 2] = [[192, 168, 77, 1], [10, 96, 0, 10]];
+
+/// The attacker's own address, and one of the outside.
 const POISONS: [[u8; 4]; 2] = [[10, 1, 1, 21], [203, 0, 113, 10]];
 
 fn poisoned_in_clear(lab: &Lab) {
@@ -324,6 +326,10 @@ fn poisoned(lab: &Lab) {
         // Not to be told is fine too.
         assert!(told.is_none_or(|told| told.ends_with(&address)), "the true answer was faster");
         assert!(!clear, "after an answer with {address:?} something was said to it in clear");
+    }
+    for address in LEADING_OUT {
+        let (told, _) = poison(lab, "web.shop.svc.cluster.local", address);
+        assert!(told.is_none(), "the application was led to {address:?}");
     }
     greet(lab, lab.pod(PEER).v4.into());
     assert_none_out(lab);

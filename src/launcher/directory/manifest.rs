@@ -185,8 +185,9 @@ fn add_service(value: Value, objects: &mut Objects) -> Result<(), ManifestError>
         .unwrap_or_default()
         .into_iter()
         .filter_map(|ingress| ingress.ip);
-    let mut service = Service::default();
-    if spec.type_.as_deref() != Some("ExternalName") {
+    let is_external_name = spec.type_.as_deref() == Some("ExternalName");
+    let mut service = Service { is_external_name, ..Service::default() };
+    if !is_external_name {
         let cluster_ips = spec.cluster_ips.unwrap_or_default().into_iter().chain(spec.cluster_ip);
         let cluster_ips = cluster_ips.filter(|ip| !matches!(ip.as_str(), "None" | ""));
         service.cluster_addresses = addresses(KIND, &id, cluster_ips)?;

@@ -8,7 +8,8 @@
 //! its addresses; no slice makes one. A VIP is a ClusterIP or a load-balancer ingress address of a Service of the
 //! project; its endpoints are those addresses of its slices (of its own family, ports matched by name) that a
 //! workload confirms. An endpoint is external only on positive evidence: no Pod is referred to, or a hostNetwork one;
-//! a Service with external endpoints alone is exempt. Anything unclear stays protected and unreachable.
+//! a Service with external endpoints alone is exempt. A Service with any, or of type ExternalName, may lead DNS out of the
+//! project; no other name of the project's zone may. Anything unclear stays protected and unreachable.
 //!
 //! Where two rules meet one address: node, workload, VIP, external endpoint, in this order. Nodes come first because
 //! a captured node address would cut off its kubelet; workloads and VIPs come before external endpoints because
@@ -71,6 +72,8 @@ pub struct Service {
     pub ports: Vec<NamedPort>,
     /// spec.sessionAffinity is ClientIP.
     pub client_ip_affinity: bool,
+    /// spec.type is ExternalName: another name for something elsewhere.
+    pub is_external_name: bool,
 }
 
 /// A port of a Service (the one clients use) or of a slice (the one pods listen on); the name joins the two.
@@ -152,6 +155,8 @@ pub struct Entries {
     pub vips: BTreeMap<IpAddr, Vip>,
     /// Addresses that are never learned.
     pub exempts: BTreeSet<IpAddr>,
+    /// Names of Services that lead out of the project.
+    pub externals: BTreeSet<String>,
 }
 
 impl Entries {
@@ -161,9 +166,11 @@ impl Entries {
         let view = View::new(objects, project, own);
         let mut vips = BTreeMap::<IpAddr, VipBuilder>::new();
         let mut external = BTreeSet::new();
-        for (id, service) in &objects.services {
-            if id.namespace == project {
-                view.add_service(&id.name, service, &mut vips, &mut external);
+        let mut externals = BTreeSet::new();
+        for (id, service) in objects.services.iter().filter(|(id, _)| id.namespace == project) {
+            let leads_out = view.add_service(&id.name, service, &mut vips, &mut external);
+            if leads_out || service.is_external_name {
+                externals.insert(id.name.to_ascii_lowercase());
             }
         }
         let mut vips: BTreeMap<_, _> =
@@ -181,7 +188,7 @@ impl Entries {
             workloads.remove(address);
             exempts.remove(address);
         }
-        Self { workloads, vips, exempts }
+        Self { workloads, vips, exempts, externals }
     }
 
     /// The changes that turn `self` into `next`, and no more: removals before settings, so that an address may change
@@ -193,6 +200,8 @@ impl Entries {
         changes.extend(gone.map(|a| Change::RemoveVip(*a)));
         changes.extend(self.workloads.difference(&next.workloads).map(|a| Change::RemoveWorkload(*a)));
         changes.extend(self.exempts.difference(&next.exempts).map(|a| Change::RemoveExempt(*a)));
+        changes.extend(self.externals.difference(&next.externals).cloned().map(Change::RemoveExternal));
+        changes.extend(next.externals.difference(&self.externals).cloned().map(Change::SetExternal));
         changes.extend(next.exempts.difference(&self.exempts).map(|a| Change::SetExempt(*a)));
         changes.extend(next.workloads.difference(&self.workloads).map(|a| Change::SetWorkload(workload(*a))));
         let set = next.vips.iter().filter(|(a, vip)| self.vips.get(a) != Some(vip));
@@ -233,13 +242,14 @@ impl<'a> View<'a> {
         Self { own, workloads, nodes, host_network, slices }
     }
 
+    /// Returns whether one of its endpoints is external.
     fn add_service(
         &self,
         name: &str,
         service: &Service,
         vips: &mut BTreeMap<IpAddr, VipBuilder>,
         external: &mut BTreeSet<IpAddr>,
-    ) {
+    ) -> bool {
         let slices = self.slices.get(name).map_or(&[][..], Vec::as_slice);
         let (mut others, mut externals) = (0, 0);
         for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
@@ -259,7 +269,7 @@ impl<'a> View<'a> {
             .filter(|a| is_unicast(**a) && !self.is_someone(**a));
         if externals > 0 && others == 0 {
             external.extend(addresses);
-            return;
+            return true;
         }
         for address in addresses {
             let vip = vips.entry(*address).or_default();
@@ -271,6 +281,7 @@ impl<'a> View<'a> {
                 }
             }
         }
+        externals > 0
     }
 
     /// Adds the endpoints of `slice` for the Service's port `port`, of the family of `vip`.

@@ -217,6 +217,7 @@ fn a_service_with_external_endpoints_alone_is_exempt() {
             assert!(entries.exempts.contains(&ip(exempt)), "{endpoints}: {exempt}");
             assert!(!entries.vips.contains_key(&ip(exempt)));
         }
+        assert_eq!(entries.externals, ["db".to_owned()].into());
     }
 }
 
@@ -266,7 +267,9 @@ fn services_that_share_an_ingress_address_share_its_vip() {
 fn headless_services_and_external_names_have_no_vip() {
     let headless = service("h", "clusterIP: None, clusterIPs: [None], ports: [{port: 80}]", "");
     let name = service("n", "type: ExternalName, externalName: example.com, clusterIP: ''", "");
-    assert_eq!(entries(&[SHOP, &headless, &name]), entries(&[SHOP]));
+    let entries_with = entries(&[SHOP, &headless, &name]);
+    assert_eq!(entries_with.externals, ["n".to_owned()].into());
+    assert_eq!(Entries { externals: BTreeSet::new(), ..entries_with }, entries(&[SHOP]));
 }
 
 #[test]
@@ -404,6 +407,8 @@ fn apply(changes: &[Change], entries: &mut Entries) {
             Change::RemoveVip(a) => assert!(entries.vips.remove(&a).is_some()),
             Change::SetExempt(a) => assert!(entries.exempts.insert(a)),
             Change::RemoveExempt(a) => assert!(entries.exempts.remove(&a)),
+            Change::SetExternal(name) => assert!(entries.externals.insert(name)),
+            Change::RemoveExternal(name) => assert!(entries.externals.remove(&name)),
         }
     }
 }

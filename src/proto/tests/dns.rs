@@ -116,3 +116,68 @@ fn what_dns_alone_knew_stays_closed_for_its_whole_life_after_an_upgrade() {
     network.advance(Duration::from_secs(2));
     assert_eq!(closed(&network), [false, false]);
 }
+
+/// An answer that makes the question's name stand for `target`, and gives that the address.
+fn alias(forwarded: &[u8], target: &str, address: [u8; 4]) -> Vec<u8> {
+    let name = query(target);
+    let name = &name[12..name.len() - 4];
+    let mut out = forwarded.to_vec();
+    out[2] |= 0x80;
+    out[7] = 2;
+    out.extend([0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 5, 0, u8::try_from(name.len()).unwrap()]);
+    out.extend(name);
+    out.extend(name);
+    out.extend([0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
+    out.extend(address);
+    out
+}
+
+#[test]
+fn a_name_of_the_project_leads_out_of_it_only_where_the_directory_does() {
+    const NODE: [u8; 4] = [192, 168, 0, 1];
+    const OUTSIDE: [u8; 4] = [203, 0, 113, 1];
+    let mut network = Network::project();
+    let now = network.now;
+    let changes = vec![Change::SetExempt(IpAddr::from(NODE)), Change::SetExternal("legacy".into())];
+    network.nodes[0].engine.handle_directory(changes, now);
+    network.run();
+    let told = |network: &mut Network, name: &str, reply: &dyn Fn(&[u8]) -> Vec<u8>| {
+        network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &query(name)));
+        let forward = network.nodes[0].engine.poll_forward().unwrap();
+        let reply = reply(&forward.bytes);
+        let now = network.now;
+        network.nodes[0].engine.handle_dns_answer(forward.query, reply, now);
+        network.run();
+        !network.inbox(0).is_empty()
+    };
+    let resolver = [10, 96, 0, 10];
+    for (name, address, expected) in [
+        ("web.shop.svc.cluster.local", NODE, false),
+        ("WEB.Shop.svc.cluster.local", NODE, false),
+        ("a.web.shop.svc.cluster.local", resolver, false),
+        ("nobody-knows.shop.svc.cluster.local", [169, 254, 1, 1], false),
+        ("shop.svc.cluster.local", NODE, false),
+        ("web.shop.svc.cluster.local", [10, 96, 0, 99], true),
+        ("Legacy.shop.svc.cluster.local", NODE, true),
+        ("a.legacy.shop.svc.cluster.local", NODE, true),
+        ("web.bank.svc.cluster.local", NODE, true),
+        ("example.com", NODE, true),
+    ] {
+        let got = told(&mut network, name, &|asked| answer(asked, address));
+        assert_eq!(got, expected, "{name} at {address:?}");
+    }
+    for (name, target, address, expected) in [
+        ("web.shop.svc.cluster.local", "example.com", OUTSIDE, false),
+        ("web.shop.svc.cluster.local", "b.shop.svc.cluster.local", NODE, false),
+        ("example.com", "web.shop.svc.cluster.local", NODE, false),
+        ("legacy.shop.svc.cluster.local", "example.com", OUTSIDE, true),
+        ("web.shop.svc.cluster.local", "b.shop.svc.cluster.local", [10, 96, 0, 99], true),
+    ] {
+        let got = told(&mut network, name, &|asked| alias(asked, target, address));
+        assert_eq!(got, expected, "{name} as {target} at {address:?}");
+    }
+    assert_eq!(network.dropped(0, DropReason::DnsContradicted), 8);
+    network.nodes[0].engine.handle_whole_directory(Vec::new(), now);
+    network.run();
+    assert!(!told(&mut network, "legacy.shop.svc.cluster.local", &|asked| answer(asked, [127, 0, 0, 1])));
+}
