@@ -23,10 +23,10 @@ use nix::unistd::Pid;
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha20Rng;
 
-use tencrypt::launcher::keys::{ProjectKey, Suite};
+use tencrypt::launcher::keys::ProjectKey;
 use tencrypt::proto::Now;
 use tencrypt::proto::noise::{
-    Identity, Options, PeerConfig, PeerKeys, PresharedKey, PublicKey, StaticSecret, Transport,
+    Identity, Options, PeerConfig, PeerKeys, PresharedKey, PublicKey, StaticSecret, Suite, Transport,
 };
 
 use crate::Case;

@@ -431,7 +431,7 @@ const CHAINS: &[&str] = &[
     "netdev tencrypt egress",
     "inet tencrypt outbound",
     "inet tencrypt inbound",
-    "inet tencrypt record",
+    "inet tencrypt record_outbound",
     "inet tencrypt dns",
     "inet tencrypt resolver",
     "inet tencrypt closed_outbound",
