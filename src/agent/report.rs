@@ -1,17 +1,19 @@
 //! What the agent says when it is asked how it is: the engine's counters, and on top of them what only the kernel counts.
 //!
 //! A packet that the kernel had no room for never reached the engine: `tenc0` counts those of the pod, the tunnel's sockets
-//! those of the peers. Both are read when somebody asks. May touch: one rtnetlink socket, read-only.
+//! those of the peers. Both are read when somebody asks. May touch: /proc/thread-self/net/dev, which unlike rtnetlink takes
+//! no lock that other namespaces hold.
 
 use tracing::debug;
 
 use super::control::{PeerReport, REPORTED_PEERS_MAX, Report};
-use super::netlink::Netlink;
 use super::tun;
 use super::udp::TunnelSocket;
 use super::watch::TamperCounts;
 use crate::proto::Engine;
 
+/// Counters of the namespace's devices.
+const DEVICES: &str = "/proc/thread-self/net/dev";
 /// Packets of the pod that `tenc0` had no room for.
 const QUEUE_OVERFLOW: &str = "queue_overflow";
 /// Datagrams, or trains of them, that a tunnel socket had no room for.
@@ -49,11 +51,19 @@ pub(super) fn make<'a>(
 }
 
 fn queue_overflow() -> u64 {
-    let read = Netlink::open().and_then(|mut netlink| netlink.tx_dropped(tun::NAME));
+    let read = std::fs::read_to_string(DEVICES).map(|text| transmit_drops(&text, tun::NAME));
     read.unwrap_or_else(|error| {
         debug!(%error, "cannot read the device's counters");
-        0
+        None
     })
+    .unwrap_or(0)
+}
+
+/// Packets that a device had no room for on the way out: the twelfth number of its line.
+fn transmit_drops(devices: &str, name: &str) -> Option<u64> {
+    let mut lines = devices.lines().filter_map(|line| line.split_once(':'));
+    let (_, numbers) = lines.find(|(device, _)| device.trim() == name)?;
+    numbers.split_ascii_whitespace().nth(11)?.parse().ok()
 }
 
 fn receive_overflow<'a>(sockets: impl Iterator<Item = &'a TunnelSocket>) -> u64 {
@@ -65,4 +75,24 @@ fn receive_overflow<'a>(sockets: impl Iterator<Item = &'a TunnelSocket>) -> u64 
             })
         })
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_devices_drops_are_those_of_its_own_line() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+                    face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n\
+                    lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n\
+                    tenc0:123 2 3 4 5 6 7 8 9 10 11 77 13 14 15 16\n";
+        assert_eq!(transmit_drops(text, "tenc0"), Some(77));
+        assert_eq!(transmit_drops(text, "tenc"), None);
+    }
+
+    #[test]
+    fn the_kernels_own_text_is_read() {
+        assert!(transmit_drops(&std::fs::read_to_string(DEVICES).unwrap(), "lo").is_some());
+    }
 }

@@ -165,6 +165,10 @@ impl Network {
             for n in 0..self.nodes.len() {
                 let node = &mut self.nodes[n];
                 node.collect();
+                if node.engine.poll_timeout().is_some_and(|at| at <= self.now.instant) {
+                    node.engine.handle_timeout(self.now);
+                    moved = true;
+                }
                 while let Some(batch) = node.engine.poll_batch() {
                     node.batches.push(batch);
                 }

@@ -52,7 +52,8 @@ pub use suite::Suite;
 
 use constants::{
     COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME,
-    REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER, TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
+    REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER, TIMERS_PER_CALL, TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION,
+    TYPE_RESPONSE,
 };
 use handshake::{Local, index_at};
 use index::Slab;
@@ -393,9 +394,10 @@ impl Transport {
         self.shared.locals.iter().position(is_for).ok_or(DropReason::BadMac1)
     }
 
-    /// Runs every timer that is due.
+    /// Runs the timers that are due, of a bounded number of peers per call: each may make a handshake message.
     pub fn handle_timeout(&mut self, now: Now) {
-        while let Some(id) = self.shared.schedule.take_due(now.instant) {
+        for _ in 0..TIMERS_PER_CALL {
+            let Some(id) = self.shared.schedule.take_due(now.instant) else { return };
             let peer = self.peers.get_mut(id).expect("a removed peer has no wake-up");
             peer.wake = None;
             peer.handle_timeout(&mut self.shared, now);
@@ -406,6 +408,12 @@ impl Transport {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.shared.schedule.earliest()
+    }
+
+    /// Handshake messages and keepalives that wait to be sent.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.transmits.len()
     }
 
     /// The next handshake message or keepalive to send, and where to.
