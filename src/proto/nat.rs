@@ -448,9 +448,7 @@ impl Flows {
     ) -> (impl Iterator<Item = Tuple> + 'a, Option<usize>) {
         let end = self.slots.len().min(from + STEP);
         let pinned = |flow: &&Flow| {
-            flow.kind == Kind::Client
-                && flow.tuple.protocol == protocol::TCP
-                && gone.contains(&flow.peer)
+            flow.kind == Kind::Client && flow.tuple.protocol == protocol::TCP && gone.contains(&flow.peer)
         };
         let slots = self.slots.get(from..end).unwrap_or_default();
         let next = (end < self.slots.len()).then_some(end);

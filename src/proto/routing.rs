@@ -11,8 +11,8 @@
 //! whoever waits goes on waiting: closed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::Bound;
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use super::Now;
@@ -452,6 +452,53 @@ mod tests {
         routing.handle_timeout(at(start, 30));
         assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
         assert!(!routing.is_protected(address(1)));
+    }
+
+    #[test]
+    fn thousands_of_lives_that_end_together_end_a_bounded_number_at_a_time() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new(false);
+        let count = 10_000;
+        (0..count).for_each(|n| routing.add_from_directory(address(2 * n)));
+        (0..count).for_each(|n| routing.remove_from_directory(address(2 * n), at(start, 0)));
+        while routing.poll_batch().is_some() {}
+        let mut released = 0;
+        while routing.poll_timeout().is_some_and(|due| due <= at(start, 30).instant) {
+            routing.handle_timeout(at(start, 30));
+            let step: usize = std::iter::from_fn(|| routing.poll_batch()).map(|b| b.changes.len()).sum();
+            assert!(step <= STEP, "{step} at once");
+            // Behind the walk, with an end of its own.
+            if released == 0 {
+                routing.add_from_dns(address(1), Duration::from_secs(100), at(start, 30)).unwrap();
+                routing.poll_batch().unwrap();
+            }
+            released += step;
+        }
+        assert_eq!(released, 10_000);
+        assert!(routing.is_protected(address(1)));
+        assert_eq!(routing.poll_timeout(), Some(start + Duration::from_secs(130)));
+    }
+
+    #[test]
+    fn a_refused_update_is_asked_for_again_a_bounded_number_at_a_time() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new(false);
+        (0..5_000).for_each(|n| routing.add_from_directory(address(n)));
+        while let Some(batch) = routing.poll_batch() {
+            routing.handle_applied(batch.id, false, at(start, 0));
+        }
+        let mut asked = BTreeSet::new();
+        while routing.poll_timeout().is_some_and(|due| due <= at(start, 1).instant) {
+            routing.handle_timeout(at(start, 1));
+            let batches: Vec<_> = std::iter::from_fn(|| routing.poll_batch()).collect();
+            assert!(batches.iter().map(|b| b.changes.len()).sum::<usize>() <= STEP);
+            for batch in batches {
+                asked.extend(batch.changes.iter().map(RouteChange::address));
+                routing.handle_applied(batch.id, true, at(start, 1));
+            }
+        }
+        assert_eq!(asked.len(), 5_000);
+        assert!(routing.is_settled() && (0..5_000).all(|n| routing.is_active(address(n))));
     }
 
     #[test]

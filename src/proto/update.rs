@@ -23,7 +23,7 @@ use super::drop::DropReason;
 use super::{Engine, Now};
 
 /// Work per call, in units of one small change, which takes about two microseconds.
-const SLICE: usize = 128;
+pub(super) const SLICE: usize = 128;
 /// Entries of the directory that are compared in one step, and what that costs.
 const COMPARED: (usize, usize) = (64, 4);
 /// A step over the flow table.
