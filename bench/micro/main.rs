@@ -8,7 +8,6 @@
 //! | `control` | work that is not a packet: for how long one step of it keeps a packet waiting |
 //!
 //! `control/longest step/*` are the promise that no such step takes a millisecond: each sample is the longest step of a run.
-//! On a busy machine other processes are in it.
 
 mod control;
 mod crypto;

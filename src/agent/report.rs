@@ -30,7 +30,7 @@ pub(super) fn make<'a>(
     let mut drops: Vec<_> = counters.drops().map(|(reason, n)| (reason.as_str().to_owned(), n)).collect();
     let of_kernel = [(QUEUE_OVERFLOW, queue_overflow()), (RECEIVE_OVERFLOW, receive_overflow(sockets))];
     drops.extend(of_kernel.into_iter().filter(|(_, n)| *n > 0).map(|(word, n)| (word.to_owned(), n)));
-    let peers = engine.peers();
+    let (peers_total, peers_established, peers) = engine.peers(REPORTED_PEERS_MAX);
     Report {
         generation,
         sealed: counters.sealed,
@@ -38,13 +38,9 @@ pub(super) fn make<'a>(
         dns_forwarded: counters.dns_forwarded,
         drops,
         flows: engine.flow_count() as u64,
-        peers_total: peers.len() as u64,
-        peers_established: peers.iter().filter(|(_, established)| *established).count() as u64,
-        peers: peers
-            .into_iter()
-            .take(REPORTED_PEERS_MAX)
-            .map(|(address, established)| PeerReport { address, established })
-            .collect(),
+        peers_total: peers_total as u64,
+        peers_established: peers_established as u64,
+        peers: peers.into_iter().map(|(address, established)| PeerReport { address, established }).collect(),
         tampering: tampering.counts.iter().map(|(kind, (n, _))| (kind.as_str().to_owned(), *n)).collect(),
         standing: tampering.standing.iter().map(|kind| kind.as_str().to_owned()).collect(),
     }

@@ -445,12 +445,21 @@ impl Engine {
         &self.counters
     }
 
-    /// Every peer, and whether there is a session with it; those with one first, in the order of their addresses.
+    /// How many peers there are, and with how many of them there is a session; and at most `most` of them by name, those
+    /// with a session first, in the order of their addresses.
     #[must_use]
-    pub fn peers(&self) -> Vec<(IpAddr, bool)> {
+    pub fn peers(&self, most: usize) -> (usize, usize, Vec<(IpAddr, bool)>) {
         let mut peers: Vec<_> = self.peers.iter().collect();
-        peers.sort_unstable_by_key(|(address, established)| (!established, *address));
-        peers
+        let (total, established) =
+            (peers.len(), peers.iter().filter(|(_, established)| *established).count());
+        let key = |(address, established): &(IpAddr, bool)| (!established, *address);
+        // Ten thousand are not put in order for the first few hundred.
+        if most < total {
+            peers.select_nth_unstable_by_key(most, key);
+            peers.truncate(most);
+        }
+        peers.sort_unstable_by_key(key);
+        (total, established, peers)
     }
 
     /// Flows in the table.

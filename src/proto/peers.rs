@@ -25,7 +25,7 @@ use crate::wire::segment::Split;
 const STAGED: usize = 128;
 /// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB.
 const STAGED_TOTAL: usize = 4096;
-/// Handshakes begun, and peers whose packets are given up, per call.
+/// Peers whose packets are given up per call: each may have 128.
 const STEP: usize = 2;
 /// How long a packet waits for a session.
 const STAGED_LIFE: Duration = Duration::from_secs(3);
@@ -191,10 +191,10 @@ impl Peers {
         }
     }
 
-    /// Runs the timers of sessions, and begins handshakes that wait; a bounded number per call.
+    /// Runs the timers of a session, and begins a handshake that waits: one per call.
     pub(super) fn handle_timeout(&mut self, now: Now) {
         self.transport.handle_timeout(now);
-        for (_, id) in self.to_begin.drain(..self.to_begin.len().min(STEP)) {
+        if let Some((_, id)) = self.to_begin.pop_front() {
             self.transport.begin(id, now);
         }
     }

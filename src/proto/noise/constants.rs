@@ -76,5 +76,3 @@ pub(super) const CLOCK_SKEW: Duration = Duration::from_secs(600);
 pub(super) const KEPT_INITIATIONS: usize = 16;
 /// How long a kept initiation is worth answering: the initiator's fifth retry replaces it.
 pub(super) const KEPT_TIME: Duration = Duration::from_secs(5);
-/// Peers whose timers run in one call; a handshake message takes a tenth of a millisecond.
-pub(super) const TIMERS_PER_CALL: usize = 2;
