@@ -455,7 +455,7 @@ impl Flows {
         (slots.iter().flatten().filter(pinned).map(|flow| flow.tuple), next)
     }
 
-    /// Drops flows whose life is over; looks at [`STEP`] slots per call. Returns whether the sweep is over.
+    /// Drops flows whose life is over; looks at a bounded number of slots per call. Returns whether the sweep is over.
     pub fn sweep(&mut self, now: Now) -> bool {
         let whole = self.slots.len().min(SWEEP);
         let step = (whole - self.swept.min(whole)).min(STEP);
