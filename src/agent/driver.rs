@@ -2,9 +2,12 @@
 //!
 //! 1. wait until a descriptor is readable, or the engine's next timer
 //! 2. hand over what arrived, a bounded number of bursts per descriptor and turn
-//! 3. poll the engine until nothing is left: batches to the control thread, queries, datagrams, packets for the pod
+//! 3. let the engine do one step of what is due: timers, and an update of the directory that is under way
+//! 4. poll the engine until nothing is left: batches to the control thread, queries, datagrams, packets for the pod
 //!
-//! Batches go first, so that an answer or packet that waits for a route waits as short as possible.
+//! Batches go first, so that an answer or packet that waits for a route waits as short as possible. Nothing else waits for
+//! more than a turn: while a step is left the loop does not sleep, and the launcher's next message is read when its last
+//! commit is applied.
 //!
 //! `tenc0` and the tunnel's sockets are read only when the directory's routes are in place, and by a parked successor only
 //! when its predecessor has ended: until then packets queue in the kernel.
@@ -34,7 +37,6 @@ use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
 use super::watch::{TamperCounts, Watch};
-use crate::proto::directory::Change;
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now, Origin};
 use crate::wire::coalesce::MAX_SEGMENTS;
@@ -42,6 +44,8 @@ use crate::wire::vnet::VNET_HEADER_LEN;
 
 /// Bursts taken from one descriptor before the others get their turn.
 const TURN: usize = 64;
+/// DNS connections taken per turn: each opens another one.
+const ACCEPTED: usize = 8;
 /// A datagram or packet that the kernel has no room for waits this long before it is dropped.
 const ROOM_WAIT_MS: u8 = 10;
 /// How often an agent without a launcher looks whether its namespace is still there.
@@ -120,8 +124,10 @@ pub(super) struct Driver {
     streams: Streams,
     sources: Sources,
     query_tokens: BTreeMap<QueryId, u64>,
-    changes: Vec<Change>,
+    /// The directory that is applied.
     generation: Option<u64>,
+    /// The one that is being applied.
+    committing: Option<u64>,
     /// The directory's routes are in place.
     ready: bool,
     /// The launcher knows it.
@@ -173,8 +179,8 @@ impl Driver {
             streams: Streams::new(),
             sources: Sources::new().context("epoll")?,
             query_tokens: BTreeMap::new(),
-            changes: Vec::new(),
             generation: None,
+            committing: None,
             ready: false,
             announced: false,
             reading: false,
@@ -240,6 +246,7 @@ impl Driver {
             }
             if self.engine.poll_timeout().is_some_and(|at| at <= now.instant) {
                 self.engine.handle_timeout(now);
+                self.note_committed();
             }
             self.streams.handle_timeout(now.instant);
             if !self.checking && self.ready && !self.session.parked && self.kernel.watch.take_due(now.instant)
@@ -310,6 +317,8 @@ impl Driver {
             Source::Watch => self.kernel.watch.drain(now.instant),
             Source::Socket(index) => self.read_socket(index, now)?,
             Source::Launchers => self.accept_launcher(token)?,
+            // One commit after the other.
+            Source::Channel if self.engine.is_committing() => {}
             Source::Channel => return self.read_channel(token, now),
             Source::Applier => return Ok(self.read_applied(now)),
             Source::Helper => self.read_helper(),
@@ -393,7 +402,8 @@ impl Driver {
     }
 
     fn accept(&mut self, index: usize) {
-        while let Ok((client, _)) = self.listeners[index].accept() {
+        for _ in 0..ACCEPTED {
+            let Ok((client, _)) = self.listeners[index].accept() else { return };
             match self.streams.accept(client, &mut self.kernel.queries) {
                 Ok((stream, fds)) => {
                     for fd in fds {
@@ -511,22 +521,17 @@ impl Driver {
         self.session.tell(&FromAgent::TunReplaced, &[self.kernel.tun.as_fd()]);
     }
 
+    /// One message per turn: each may be 64 KiB of changes.
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
-        loop {
-            let Some(channel) = &self.session.channel else { return Ok(None) };
-            match channel.try_recv() {
-                Ok(Some(Received::Message(message, descriptors))) => {
-                    if let Some(end) = self.obey(message, descriptors, now)? {
-                        return Ok(Some(end));
-                    }
-                }
-                Ok(Some(Received::Closed)) => return self.lose_launcher(token, now),
-                Ok(None) => return Ok(None),
-                // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
-                Err(error) => {
-                    warn!(%error, "message of the launcher refused: the agent hangs up");
-                    return self.lose_launcher(token, now);
-                }
+        let Some(channel) = &self.session.channel else { return Ok(None) };
+        match channel.try_recv() {
+            Ok(Some(Received::Message(message, descriptors))) => self.obey(message, descriptors, now),
+            Ok(Some(Received::Closed)) => self.lose_launcher(token, now),
+            Ok(None) => Ok(None),
+            // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
+            Err(error) => {
+                warn!(%error, "message of the launcher refused: the agent hangs up");
+                self.lose_launcher(token, now)
             }
         }
     }
@@ -544,16 +549,12 @@ impl Driver {
                 self.announced = false;
             }
             ToAgent::Init(_) => warn!("second Init ignored"),
-            ToAgent::Changes(changes) => self.changes.extend(changes),
+            ToAgent::Changes(changes) => self.engine.handle_changes(changes),
             ToAgent::Commit { generation, whole } => {
-                debug!(generation, changes = self.changes.len(), whole, "directory changed");
-                let changes = std::mem::take(&mut self.changes);
-                if whole {
-                    self.engine.handle_whole_directory(changes, now);
-                } else {
-                    self.engine.handle_directory(changes, now);
-                }
-                self.generation = Some(generation);
+                debug!(generation, whole, "directory changes");
+                self.committing = Some(generation);
+                self.engine.commit(whole, now);
+                self.note_committed();
             }
             ToAgent::Ping => {
                 self.kernel.state.write_counters(self.engine.counters());
@@ -573,6 +574,13 @@ impl Driver {
         Ok(None)
     }
 
+    /// The directory is of the generation that was committed when all of that is applied.
+    fn note_committed(&mut self) {
+        if !self.engine.is_committing() {
+            self.generation = self.committing.take().or(self.generation);
+        }
+    }
+
     /// The launcher died. What is protected stays protected, and another launcher may come.
     fn lose_launcher(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         if let Some(channel) = self.session.channel.take() {
@@ -580,7 +588,7 @@ impl Driver {
         }
         self.sources.remove(token);
         // Half a directory counts for nothing, and nobody would make a successor go on.
-        self.changes.clear();
+        self.engine.forget_changes();
         self.hand_over_by = None;
         if self.session.parked {
             return Ok(Some(End::Abandoned));

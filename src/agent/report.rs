@@ -2,7 +2,8 @@
 //!
 //! A packet that the kernel had no room for never reached the engine: `tenc0` counts those of the pod, the tunnel's sockets
 //! those of the peers. Flows that stay in clear have a rule each, and the engine does not know them. All are read when
-//! somebody asks. May touch: one rtnetlink socket, read-only.
+//! somebody asks. May touch: /proc/thread-self/net/dev, which unlike rtnetlink takes no lock that other namespaces hold; below
+//! strict mode one rtnetlink socket, read-only.
 //!
 //! The packet thread does this: it walks the flow table once and names the latest flows only.
 
@@ -23,6 +24,8 @@ use crate::proto::ladder::Standing;
 use crate::proto::nat::Tuple;
 use crate::proto::{Engine, FlowView, Now};
 
+/// Counters of the namespace's devices.
+const DEVICES: &str = "/proc/thread-self/net/dev";
 /// Packets of the pod that `tenc0` had no room for.
 const QUEUE_OVERFLOW: &str = "queue_overflow";
 /// Datagrams, or trains of them, that a tunnel socket had no room for.
@@ -40,7 +43,7 @@ pub(super) fn make<'a>(
     let mut drops: Vec<_> = counters.drops().map(|(reason, n)| (reason.as_str().to_owned(), n)).collect();
     let of_kernel = [(QUEUE_OVERFLOW, queue_overflow()), (RECEIVE_OVERFLOW, receive_overflow(sockets))];
     drops.extend(of_kernel.into_iter().filter(|(_, n)| *n > 0).map(|(word, n)| (word.to_owned(), n)));
-    let peers = engine.peers();
+    let (peers_total, peers_established, peers) = engine.peers(REPORTED_PEERS_MAX);
     let ladder = engine.rungs();
     let standings: BTreeMap<_, _> = engine.ladder().collect();
     let vips: Vec<_> = engine.ladder().filter_map(vip).collect();
@@ -54,11 +57,10 @@ pub(super) fn make<'a>(
         drops,
         flows: engine.flow_count() as u64,
         clear: clear.len() as u64,
-        peers_total: peers.len() as u64,
-        peers_established: peers.iter().filter(|(_, established)| *established).count() as u64,
+        peers_total: peers_total as u64,
+        peers_established: peers_established as u64,
         peers: peers
             .into_iter()
-            .take(REPORTED_PEERS_MAX)
             .map(|(address, established)| {
                 let rung = ladder.zip(standings.get(&address)).and_then(|(ladder, standing)| {
                     let (captured, lasts) = (ladder.captures(&address), ladder.lasts(address, now)?);
@@ -106,11 +108,19 @@ fn clear() -> Vec<Tuple> {
 }
 
 fn queue_overflow() -> u64 {
-    let read = Netlink::open().and_then(|mut netlink| netlink.tx_dropped(tun::NAME));
+    let read = std::fs::read_to_string(DEVICES).map(|text| transmit_drops(&text, tun::NAME));
     read.unwrap_or_else(|error| {
         debug!(%error, "cannot read the device's counters");
-        0
+        None
     })
+    .unwrap_or(0)
+}
+
+/// Packets that a device had no room for on the way out: the twelfth number of its line.
+fn transmit_drops(devices: &str, name: &str) -> Option<u64> {
+    let mut lines = devices.lines().filter_map(|line| line.split_once(':'));
+    let (_, numbers) = lines.find(|(device, _)| device.trim() == name)?;
+    numbers.split_ascii_whitespace().nth(11)?.parse().ok()
 }
 
 fn receive_overflow<'a>(sockets: impl Iterator<Item = &'a TunnelSocket>) -> u64 {
@@ -122,4 +132,24 @@ fn receive_overflow<'a>(sockets: impl Iterator<Item = &'a TunnelSocket>) -> u64 
             })
         })
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_devices_drops_are_those_of_its_own_line() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+                    face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n\
+                    lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n\
+                    tenc0:123 2 3 4 5 6 7 8 9 10 11 77 13 14 15 16\n";
+        assert_eq!(transmit_drops(text, "tenc0"), Some(77));
+        assert_eq!(transmit_drops(text, "tenc"), None);
+    }
+
+    #[test]
+    fn the_kernels_own_text_is_read() {
+        assert!(transmit_drops(&std::fs::read_to_string(DEVICES).unwrap(), "lo").is_some());
+    }
 }

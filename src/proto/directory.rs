@@ -1,10 +1,11 @@
 //! What an agent is told about its project. The launcher parses manifests and sends these; the engine applies them.
 //!
 //! A directory is a set of entries; a [`Change`] sets or removes one entry. Changes between two generations are
-//! applied together, so the engine never sees half an update.
+//! applied in an order whose every prefix is safe: [`super::update`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -93,6 +94,9 @@ pub enum Change {
 /// A server accepts a VIP and port this long after the last slice that listed it is gone.
 const SERVED_AFTER_REMOVAL: Duration = Duration::from_secs(60);
 
+/// A part of the addresses.
+pub(super) type Range = (Bound<IpAddr>, Bound<IpAddr>);
+
 /// The engine's copy of the directory.
 #[derive(Debug, Default)]
 pub struct Directory {
@@ -136,29 +140,24 @@ impl Directory {
         Self { own, ..Self::default() }
     }
 
-    /// The removals of everything that a whole directory, given as changes from nothing, does not name.
-    #[must_use]
-    pub fn missing_from(&self, whole: &[Change]) -> Vec<Change> {
-        let (mut workloads, mut vips, mut exempt) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-        let mut external = BTreeSet::new();
-        for change in whole {
-            match change {
-                Change::SetWorkload(workload) => workloads.insert(workload.address),
-                Change::SetVip(vip) => vips.insert(vip.address),
-                Change::SetExempt(address) => exempt.insert(*address),
-                Change::SetExternal(name) => external.insert(name.clone()),
-                Change::RemoveWorkload(_)
-                | Change::RemoveVip(_)
-                | Change::RemoveExempt(_)
-                | Change::RemoveExternal(_) => false,
-            };
-        }
-        let vips = self.vips.keys().filter(|a| !vips.contains(a)).map(|a| Change::RemoveVip(*a));
-        let workloads =
-            self.workloads.keys().filter(|a| !workloads.contains(a)).map(|a| Change::RemoveWorkload(*a));
-        let exempt = self.exempt.difference(&exempt).map(|a| Change::RemoveExempt(*a));
-        let external = self.external.difference(&external).cloned().map(Change::RemoveExternal);
-        vips.chain(workloads).chain(exempt).chain(external).collect()
+    /// Names of Services that lead out of the project.
+    pub(super) fn externals(&self) -> impl Iterator<Item = &String> {
+        self.external.iter()
+    }
+
+    /// Workloads within `range`, in order.
+    pub(super) fn workloads(&self, range: Range) -> impl Iterator<Item = IpAddr> {
+        self.workloads.range(range).map(|(address, _)| *address)
+    }
+
+    /// VIPs within `range`, in order.
+    pub(super) fn vips(&self, range: Range) -> impl Iterator<Item = IpAddr> {
+        self.vips.range(range).map(|(address, _)| *address)
+    }
+
+    /// Exempt addresses within `range`, in order.
+    pub(super) fn exempt(&self, range: Range) -> impl Iterator<Item = IpAddr> {
+        self.exempt.range(range).copied()
     }
 
     /// Applies one change.
@@ -219,8 +218,12 @@ impl Directory {
         }
     }
 
-    fn retire(&mut self, vip: IpAddr, now: Now) {
+    /// Forgets what was served long ago.
+    pub(super) fn forget_served(&mut self, now: Now) {
         self.served.retain(|_, served| served.until.is_none_or(|until| until > now.instant));
+    }
+
+    fn retire(&mut self, vip: IpAddr, now: Now) {
         for (_, served) in self.served.range_mut((vip, 0, 0)..=(vip, u8::MAX, u16::MAX)) {
             served.until.get_or_insert(now.instant + SERVED_AFTER_REMOVAL);
         }

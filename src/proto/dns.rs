@@ -29,6 +29,8 @@ const MAX_HELD: usize = 512;
 const QUERY_LIFE: Duration = Duration::from_secs(12);
 /// A route that takes longer is not coming.
 const HELD_LIFE: Duration = Duration::from_secs(5);
+/// Queries, and answers, that are given up per call: each may cost the driver a socket.
+const EXPIRED: usize = 32;
 
 /// A forwarded UDP query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,6 +82,8 @@ pub struct Dns {
     pending: BTreeMap<QueryId, Pending>,
     next: u64,
     held: VecDeque<Held>,
+    /// A held answer over UDP, or one over TCP, may be ready.
+    may_release: (bool, bool),
     expired: Vec<QueryId>,
     broken: Vec<StreamId>,
 }
@@ -96,6 +100,7 @@ impl Dns {
             pending: BTreeMap::new(),
             next: 0,
             held: VecDeque::new(),
+            may_release: (false, false),
             expired: Vec::new(),
             broken: Vec::new(),
         }
@@ -223,6 +228,7 @@ impl Dns {
             return Err(DropReason::DnsOverload);
         }
         self.held.push_back(Held { asker, bytes, waits_for, deadline: now.instant + HELD_LIFE });
+        self.recheck();
         Ok(())
     }
 
@@ -268,10 +274,20 @@ impl Dns {
             && (named || !self.is_resolver(address))
     }
 
+    /// A batch was applied: what is held may be ready.
+    pub fn recheck(&mut self) {
+        self.may_release = (true, true);
+    }
+
     /// The next answer over UDP whose addresses are all protected.
     pub fn released_udp(&mut self, routing: &Routing) -> Option<(SocketAddr, SocketAddr, Vec<u8>)> {
+        if !self.may_release.0 {
+            return None;
+        }
         let ready = |held: &Held| matches!(held.asker, Asker::Udp { .. }) && self.is_ready(held, routing);
-        let at = self.held.iter().position(ready)?;
+        let at = self.held.iter().position(ready);
+        self.may_release.0 = at.is_some();
+        let at = at?;
         let held = self.held.remove(at)?;
         let Asker::Udp { client, resolver } = held.asker else { return None };
         Some((client, resolver, held.bytes))
@@ -279,6 +295,9 @@ impl Dns {
 
     /// The next answer over TCP whose addresses are all protected; those of one connection keep their order.
     pub fn released_stream(&mut self, routing: &Routing) -> Option<(StreamId, Vec<u8>)> {
+        if !self.may_release.1 {
+            return None;
+        }
         let mut blocked = Vec::new();
         let at = self.held.iter().position(|held| {
             let Asker::Stream(stream) = held.asker else { return false };
@@ -287,7 +306,9 @@ impl Dns {
                 blocked.push(stream);
             }
             ready
-        })?;
+        });
+        self.may_release.1 = at.is_some();
+        let at = at?;
         let held = self.held.remove(at)?;
         let Asker::Stream(stream) = held.asker else { return None };
         Some((stream, held.bytes))
@@ -297,25 +318,26 @@ impl Dns {
         !self.gate || held.waits_for.iter().all(|address| routing.is_active(*address))
     }
 
-    /// Forgets queries and held answers whose time is over; returns how many of each.
+    /// Forgets queries and held answers whose time is over, a bounded number per call; returns how many of each. Both stand in
+    /// the order of time.
     pub fn handle_timeout(&mut self, now: Now) -> (u64, u64) {
-        let (expired, broken) = (&mut self.expired, &mut self.broken);
-        let (queries, answers) = (self.pending.len(), self.held.len());
-        self.pending.retain(|id, pending| {
-            let live = pending.deadline > now.instant;
-            if !live {
-                expired.push(*id);
+        let (mut queries, mut answers) = (0, 0);
+        for _ in 0..EXPIRED {
+            let Some(query) = self.pending.first_entry().filter(|query| query.get().deadline <= now.instant)
+            else {
+                break;
+            };
+            self.expired.push(query.remove_entry().0);
+            queries += 1;
+        }
+        for _ in 0..EXPIRED {
+            let Some(held) = self.held.pop_front_if(|held| held.deadline <= now.instant) else { break };
+            if let Asker::Stream(stream) = held.asker {
+                self.broken.push(stream);
             }
-            live
-        });
-        self.held.retain(|held| {
-            let live = held.deadline > now.instant;
-            if let (false, Asker::Stream(stream)) = (live, held.asker) {
-                broken.push(stream);
-            }
-            live
-        });
-        ((queries - self.pending.len()) as u64, (answers - self.held.len()) as u64)
+            answers += 1;
+        }
+        (queries, answers)
     }
 
     /// The next query whose socket is to be closed because nobody answered it.

@@ -80,6 +80,8 @@ struct Peer {
     tries: u8,
     /// When the next one is due.
     due: Option<Instant>,
+    /// Whether it is captured; none: nobody decided yet.
+    decided: Option<bool>,
 }
 
 impl Peer {
@@ -96,6 +98,7 @@ impl Peer {
 #[derive(Debug, Default)]
 struct Service {
     ready: BTreeSet<IpAddr>,
+    decided: Option<bool>,
 }
 
 /// The state in permissive and audit mode.
@@ -110,7 +113,6 @@ pub struct Ladder {
     probes: VecDeque<Probe>,
     /// Something changed that decisions depend on.
     stale: bool,
-    decided: BTreeMap<IpAddr, bool>,
     decisions: VecDeque<(IpAddr, bool)>,
 }
 
@@ -123,7 +125,6 @@ impl Ladder {
             peers: BTreeMap::new(),
             vips: BTreeMap::new(),
             stale: false,
-            decided: BTreeMap::new(),
             due: BTreeSet::new(),
             next_start: None,
             probes: VecDeque::new(),
@@ -140,7 +141,8 @@ impl Ladder {
         if self.peers.contains_key(&address) {
             return;
         }
-        self.peers.insert(address, Peer { able: false, since: now.instant, tries: 0, due: None });
+        let peer = Peer { able: false, since: now.instant, tries: 0, due: None, decided: None };
+        self.peers.insert(address, peer);
         let start = self.next_start.map_or(now.instant, |at| at.max(now.instant));
         self.next_start = Some(start + PACE);
         self.schedule(address, Some(start));
@@ -151,21 +153,19 @@ impl Ladder {
     pub fn remove_peer(&mut self, address: IpAddr) {
         self.schedule(address, None);
         self.stale |= self.peers.remove(&address).is_some();
-        self.forget(address);
     }
 
     /// The directory names or changes a VIP.
     pub fn set_vip(&mut self, vip: &Vip) {
         let endpoints = vip.ports.iter().flat_map(|port| &port.endpoints);
         let ready: BTreeSet<_> = endpoints.filter(|e| e.ready).map(|e| e.address).collect();
-        self.vips.insert(vip.address, Service { ready });
+        self.vips.entry(vip.address).or_default().ready = ready;
         self.stale = true;
     }
 
     /// The directory no longer names the VIP.
     pub fn remove_vip(&mut self, address: IpAddr) {
         self.stale |= self.vips.remove(&address).is_some();
-        self.forget(address);
     }
 
     /// A handshake with the peer is complete, or data of it was opened.
@@ -209,13 +209,6 @@ impl Ladder {
         }
     }
 
-    /// An address that is neither peer nor VIP any more is decided about anew when it comes back.
-    fn forget(&mut self, address: IpAddr) {
-        if !self.peers.contains_key(&address) && !self.vips.contains_key(&address) {
-            self.decided.remove(&address);
-        }
-    }
-
     fn schedule(&mut self, address: IpAddr, due: Option<Instant>) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
         if let Some(old) = std::mem::replace(&mut peer.due, due) {
@@ -244,18 +237,20 @@ impl Ladder {
                 break;
             }
         }
-        if self.own.iter().any(|own| in_clear.contains(own)) {
-            captured.clear();
-        } else {
-            let able = self.peers.iter().filter(|(address, peer)| peer.able && !in_clear.contains(address));
-            // An address may be both, and then both have to agree.
-            let able: BTreeSet<_> = able.map(|(address, _)| *address).collect();
-            captured.retain(|address| !self.peers.contains_key(address) || able.contains(address));
-            captured.extend(able.into_iter().filter(|address| !self.vips.contains_key(address)));
+        let none = self.own.iter().any(|own| in_clear.contains(own));
+        let is_able = |address: &IpAddr, peer: &Peer| !none && peer.able && !in_clear.contains(address);
+        // An address may be both, and then both have to agree.
+        for (address, vip) in &mut self.vips {
+            let peer = self.peers.get(address);
+            let now = !none && captured.contains(address) && peer.is_none_or(|peer| is_able(address, peer));
+            if vip.decided.replace(now) != Some(now) {
+                self.decisions.push_back((*address, now));
+            }
         }
-        for address in self.peers.keys().chain(self.vips.keys()) {
-            let now = captured.contains(address);
-            if self.decided.insert(*address, now) != Some(now) {
+        for (address, peer) in &mut self.peers {
+            let now =
+                is_able(address, peer) && (captured.contains(address) || !self.vips.contains_key(address));
+            if peer.decided.replace(now) != Some(now) {
                 self.decisions.push_back((*address, now));
             }
         }
@@ -288,14 +283,21 @@ impl Ladder {
             };
             (*address, standing)
         });
-        let standing = |vip| if self.captures(vip) { Standing::Captured } else { Standing::Passed };
-        peers.chain(self.vips.keys().map(move |vip| (*vip, standing(vip))))
+        let vips = self.vips.iter().map(|(address, vip)| match vip.decided {
+            Some(true) => (*address, Standing::Captured),
+            Some(false) | None => (*address, Standing::Passed),
+        });
+        peers.chain(vips)
     }
 
     /// Whether the address is captured: an able peer is not while a VIP that it stands behind is passed.
     #[must_use]
     pub fn captures(&self, address: &IpAddr) -> bool {
-        self.decided.get(address).is_some_and(|captured| *captured)
+        let decided = match self.vips.get(address) {
+            Some(vip) => vip.decided,
+            None => self.peers.get(address).and_then(|peer| peer.decided),
+        };
+        decided == Some(true)
     }
 
     /// How long a peer has been able, or has not been.

@@ -5,8 +5,12 @@
 //! datagrams for peers, packets for the pod, queries for resolvers, batches for the control thread.
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
-//! who), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] and [`account`] (every
-//! way to end, and how often).
+//! who), [`update`] (how that changes), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`],
+//! [`mod@drop`] and [`account`] (every way to end, and how often).
+//!
+//! Whatever is not a packet is done in bounded steps: [`Engine::handle_timeout`] does one, and [`Engine::poll_timeout`]
+//! stays due until nothing is left. So no packet waits for more than a step.
+//!
 //! What outlives the engine: [`journal`] (it ended without notice), [`handover`] (a planned upgrade).
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
@@ -43,9 +47,10 @@ pub mod peers;
 pub mod routing;
 #[cfg(test)]
 mod tests;
+pub mod update;
 
 use account::{Counters, Waiting};
-use directory::{Change, Directory, Effect};
+use directory::Directory;
 use dns::{Dns, Forward, QueryId, StreamId};
 use drop::DropReason;
 use inbound::Held;
@@ -56,6 +61,7 @@ use noise::{Identity, Transport};
 use outbound::FragmentTable;
 use peers::{Peers, Transmit, Transmits};
 use routing::{Batch, BatchId, Routing};
+use update::Update;
 
 /// Largest packet the kernel hands over or takes: vnet header and 64 KiB.
 pub const BUFFER_LEN: usize = 10 + 65_536;
@@ -153,6 +159,7 @@ pub struct Engine {
     receive: Vec<u8>,
     dns: Dns,
     directory: Directory,
+    update: Update,
     /// Before the first directory nobody can say whose restored flow has lost its peer.
     knows_directory: bool,
     routing: Routing,
@@ -199,6 +206,7 @@ impl Engine {
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),
+            update: Update::NONE,
             knows_directory: false,
             routing: Routing::new(config.mode != Mode::Strict),
             ladder: Ladder::new(config.mode, own.clone()),
@@ -260,68 +268,15 @@ impl Engine {
         self.dns.is_idle()
     }
 
-    /// The whole directory, as changes from nothing, for an engine that may know another one: what is not named is removed.
-    pub fn handle_whole_directory(&mut self, whole: Vec<Change>, now: Now) {
-        let mut changes = self.directory.missing_from(&whole);
-        changes.extend(whole);
-        self.handle_directory(changes, now);
-    }
-
     /// The pod's link has another MTU now: what is longer than fits it sealed is answered "too big" from now on.
     pub fn set_link_mtu(&mut self, link_mtu: u32) {
         self.link_mtu = link_mtu;
     }
 
-    /// The directory changed. All changes take effect together.
-    pub fn handle_directory(&mut self, changes: Vec<Change>, now: Now) {
-        self.knows_directory = true;
-        for change in changes {
-            match self.directory.apply(change, now) {
-                Effect::WorkloadSet(workload) => {
-                    self.routing.add_from_directory(workload.address);
-                    if let Some(ladder) = &mut self.ladder {
-                        ladder.set_peer(workload.address, now);
-                    }
-                    let staged = self.peers.set(workload, now);
-                    self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
-                }
-                Effect::WorkloadRemoved(address) => {
-                    if let Some(ladder) = &mut self.ladder {
-                        ladder.remove_peer(address);
-                    }
-                    self.routing.reset(self.flows.pinned_to(address));
-                    let staged = self.peers.remove(address);
-                    self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
-                    if self.directory.vip(address).is_none() {
-                        self.routing.remove_from_directory(address, now);
-                    }
-                }
-                Effect::VipSet(address) => {
-                    self.routing.add_from_directory(address);
-                    if let (Some(ladder), Some(vip)) = (&mut self.ladder, self.directory.vip(address)) {
-                        ladder.set_vip(vip);
-                    }
-                }
-                Effect::VipRemoved(address) => {
-                    if let Some(ladder) = &mut self.ladder {
-                        ladder.remove_vip(address);
-                    }
-                    if !self.directory.is_workload(address) {
-                        self.routing.remove_from_directory(address, now);
-                    }
-                }
-                Effect::Exempt(address) => self.routing.exempt(address, now),
-                Effect::None => {}
-            }
-        }
-        self.retry_unrouted(now);
-        self.retry_held(now);
-        self.settle(now);
-    }
-
     /// The control thread finished a batch.
     pub fn handle_applied(&mut self, batch: BatchId, ok: bool, now: Now) {
         self.routing.handle_applied(batch, ok, now);
+        self.dns.recheck();
         self.retry_held(now);
         self.settle(now);
     }
@@ -372,9 +327,10 @@ impl Engine {
         ok
     }
 
-    /// Does what is due.
+    /// Does what is due, a bounded amount of it: what is left stays due, and packets come first.
     pub fn handle_timeout(&mut self, now: Now) {
-        self.peers.transport.handle_timeout(now);
+        self.apply_slice(now);
+        self.peers.handle_timeout(now);
         let (owned, counters) = (&mut self.owned, &mut self.counters);
         self.peers.expire(now, |packet| {
             counters.outbound_drops.add(DropReason::PeerSilent, 1);
@@ -389,9 +345,10 @@ impl Engine {
         self.counters.answer_drops.add(DropReason::DnsTimeout, answers);
         self.expire_held(now);
         if self.next_sweep.is_some_and(|at| at <= now.instant) {
-            self.flows.sweep(now);
             self.fragments.sweep(now);
-            self.next_sweep = None;
+            if self.flows.sweep(now) {
+                self.next_sweep = None;
+            }
         }
         self.settle(now);
     }
@@ -406,6 +363,7 @@ impl Engine {
             self.dns.poll_timeout(),
             self.held.poll_timeout(),
             self.next_sweep,
+            self.update.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -419,7 +377,10 @@ impl Engine {
             while let Some(probe) = ladder.poll_probe() {
                 self.peers.probe(probe, now);
             }
-            while let Some((address, captured)) = ladder.poll_decision() {
+            // About a whole directory, never about half an update.
+            while !self.update.is_under_way()
+                && let Some((address, captured)) = ladder.poll_decision()
+            {
                 self.routing.decide(address, captured);
             }
         }
@@ -490,13 +451,16 @@ impl Engine {
 
     /// The next changes for the control thread.
     pub fn poll_batch(&mut self) -> Option<Batch> {
+        if self.update.is_under_way() && !self.routing.has_full_batch() {
+            return None;
+        }
         self.routing.poll_batch()
     }
 
-    /// Whether everything that is to be protected is.
+    /// Whether everything that is to be protected is, the whole of the last commit included.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        self.routing.is_settled()
+        !self.update.is_under_way() && self.routing.is_settled()
     }
 
     /// Whether the address is protected, or about to be.
@@ -505,12 +469,21 @@ impl Engine {
         self.routing.is_protected(address)
     }
 
-    /// Every peer, and whether there is a session with it; those with one first, in the order of their addresses.
+    /// How many peers there are, and with how many of them there is a session; and at most `most` of them by name, those
+    /// with a session first, in the order of their addresses.
     #[must_use]
-    pub fn peers(&self) -> Vec<(IpAddr, bool)> {
+    pub fn peers(&self, most: usize) -> (usize, usize, Vec<(IpAddr, bool)>) {
         let mut peers: Vec<_> = self.peers.iter().collect();
-        peers.sort_unstable_by_key(|(address, established)| (!established, *address));
-        peers
+        let (total, established) =
+            (peers.len(), peers.iter().filter(|(_, established)| *established).count());
+        let key = |(address, established): &(IpAddr, bool)| (!established, *address);
+        // Ten thousand are not put in order for the first few hundred.
+        if most < total {
+            peers.select_nth_unstable_by_key(most, key);
+            peers.truncate(most);
+        }
+        peers.sort_unstable_by_key(key);
+        (total, established, peers)
     }
 
     /// Flows in the table.

@@ -12,7 +12,7 @@
 //! Slots that changed are noted for the journal: a flow that begins or ends, a direction or TCP flag seen first.
 //! Source: RFC 4787 and RFC 5382 (time-outs), RFC 6146 §3.5.2.2 (TCP states of a translator, simplified).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,10 @@ use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, protocol};
 
 /// Most flows per agent; about 128 bytes each.
 pub const MAX_FLOWS: usize = 65_536;
-/// Slots looked at per sweep, so that a sweep stays below a millisecond.
+/// Slots looked at per sweep: each is seen every 16 s.
 const SWEEP: usize = 4096;
-
+/// Slots looked at per call: were all of them over, the journal would be written for less than half a millisecond.
+const STEP: usize = 256;
 /// Slots looked at to make room in a full table.
 const EVICT: usize = 256;
 /// Source ports tried for a flow that would become equal to another.
@@ -192,6 +193,8 @@ pub struct Flows {
     /// Server flows by what is on the wire: local = (VIP, port), remote = the client's own address and port.
     by_wire: HashMap<Tuple, u32, FixedState>,
     cursor: usize,
+    /// Slots that the running sweep has looked at.
+    swept: usize,
     /// The slot handed out last: whether its flow changed is seen at the next access.
     lent: Option<u32>,
     /// Slots that the journal has to be told of, each once, and whether a slot is among them.
@@ -210,6 +213,7 @@ impl Flows {
             by_tuple: HashMap::with_hasher(state.clone()),
             by_wire: HashMap::with_hasher(state),
             cursor: 0,
+            swept: 0,
             lent: None,
             changes: Vec::new(),
             is_noted: Vec::new(),
@@ -449,17 +453,27 @@ impl Flows {
         }
     }
 
-    /// The TCP connections to VIPs that are pinned to `peer`.
-    pub fn pinned_to(&self, peer: IpAddr) -> impl Iterator<Item = Tuple> + '_ {
-        let pinned = move |flow: &&Flow| {
-            flow.peer == peer && flow.kind == Kind::Client && flow.tuple.protocol == protocol::TCP
+    /// The TCP connections to VIPs, in slots from `from` on, whose peer is one of `gone`; looks at [`STEP`] slots. Also
+    /// where to go on; `None`: that were all.
+    pub(super) fn pinned_to<'a>(
+        &'a self,
+        gone: &'a BTreeSet<IpAddr>,
+        from: usize,
+    ) -> (impl Iterator<Item = Tuple> + 'a, Option<usize>) {
+        let end = self.slots.len().min(from + STEP);
+        let pinned = |flow: &&Flow| {
+            flow.kind == Kind::Client && flow.tuple.protocol == protocol::TCP && gone.contains(&flow.peer)
         };
-        self.slots.iter().flatten().filter(pinned).map(|flow| flow.tuple)
+        let slots = self.slots.get(from..end).unwrap_or_default();
+        let next = (end < self.slots.len()).then_some(end);
+        (slots.iter().flatten().filter(pinned).map(|flow| flow.tuple), next)
     }
 
-    /// Drops flows whose life is over; looks at a bounded number per call.
-    pub fn sweep(&mut self, now: Now) {
-        for _ in 0..self.slots.len().min(SWEEP) {
+    /// Drops flows whose life is over; looks at a bounded number of slots per call. Returns whether the sweep is over.
+    pub fn sweep(&mut self, now: Now) -> bool {
+        let whole = self.slots.len().min(SWEEP);
+        let step = (whole - self.swept.min(whole)).min(STEP);
+        for _ in 0..step {
             self.cursor = (self.cursor + 1) % self.slots.len();
             let over =
                 self.slots[self.cursor].is_some_and(|flow| flow.last_seen + flow.life() <= now.instant);
@@ -467,6 +481,12 @@ impl Flows {
                 self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
             }
         }
+        self.swept += step;
+        let is_over = self.swept >= whole;
+        if is_over {
+            self.swept = 0;
+        }
+        is_over
     }
 }
 
@@ -518,9 +538,14 @@ mod tests {
             flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(0)).unwrap_err(),
             DropReason::FlowTableFull
         );
+        let mut calls = 0;
         for _ in 0..MAX_FLOWS / SWEEP {
-            flows.sweep(now(181));
+            calls += 1;
+            while !flows.sweep(now(181)) {
+                calls += 1;
+            }
         }
+        assert_eq!(calls, MAX_FLOWS / STEP, "a bounded number per call");
         assert!(flows.is_empty() && flows.by_wire.is_empty());
         for n in 0..2 * MAX_FLOWS {
             flows.insert(tuple(n), CLIENT, Kind::Client, now(200)).unwrap();

@@ -26,6 +26,8 @@ use crate::wire::segment::Split;
 const STAGED: usize = 128;
 /// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB.
 const STAGED_TOTAL: usize = 4096;
+/// Peers whose packets are given up per call: each may have 128.
+const STEP: usize = 2;
 /// How long a packet waits for a session.
 const STAGED_LIFE: Duration = Duration::from_secs(3);
 
@@ -149,6 +151,8 @@ pub struct Peers {
     port: u16,
     by_address: HashMap<IpAddr, PeerId, FixedState>,
     by_id: HashMap<PeerId, Peer, FixedState>,
+    /// Peers that a handshake begins with, without waiting for traffic; since when.
+    to_begin: VecDeque<(Instant, PeerId)>,
     /// Peers with staged packets.
     waiting: BTreeMap<PeerId, Instant>,
     staged: usize,
@@ -165,6 +169,7 @@ impl Peers {
             port,
             by_address: HashMap::with_hasher(state.clone()),
             by_id: HashMap::with_hasher(state),
+            to_begin: VecDeque::new(),
             waiting: BTreeMap::new(),
             staged: 0,
             live: LivePeers::default(),
@@ -182,8 +187,16 @@ impl Peers {
             if let Some(&id) = self.by_address.get(address)
                 && self.live.take_wanted(*address)
             {
-                self.transport.begin(id, now);
+                self.to_begin.push_back((now.instant, id));
             }
+        }
+    }
+
+    /// Runs the timers of a session, and begins a handshake that waits: one per call.
+    pub(super) fn handle_timeout(&mut self, now: Now) {
+        self.transport.handle_timeout(now);
+        if let Some((_, id)) = self.to_begin.pop_front() {
+            self.transport.begin(id, now);
         }
     }
 
@@ -242,7 +255,7 @@ impl Peers {
             if self.transport.import(id, transport, then, now) {
                 self.live.insert(address);
             } else if wanted {
-                self.transport.begin(id, now);
+                self.to_begin.push_back((now.instant, id));
             }
             for old in staged.into_iter().filter_map(|old| old.import(then)) {
                 let start = transmits.arena().len();
@@ -261,7 +274,7 @@ impl Peers {
         self.by_address.insert(address, id);
         self.by_id.insert(id, Peer { address, staged: VecDeque::new(), packets: 0 });
         if wanted {
-            self.transport.begin(id, now);
+            self.to_begin.push_back((now.instant, id));
         }
         staged
     }
@@ -416,10 +429,11 @@ impl Peers {
         }
     }
 
-    /// Takes out the packets that waited too long, as plain IP packets, and hands each to `expired`.
+    /// Takes out the packets that waited too long, as plain IP packets, and hands each to `expired`; those of a bounded
+    /// number of peers per call.
     pub fn expire(&mut self, now: Now, mut expired: impl FnMut(&[u8])) {
-        let due: Vec<PeerId> =
-            self.waiting.iter().filter(|(_, at)| **at <= now.instant).map(|(id, _)| *id).collect();
+        let due = self.waiting.iter().filter(|(_, at)| **at <= now.instant);
+        let due: Vec<PeerId> = due.map(|(id, _)| *id).take(STEP).collect();
         for id in due {
             let Some(peer) = self.by_id.get_mut(&id) else { continue };
             while let Some(old) = peer.staged.pop_front_if(|staged| staged.until <= now.instant) {
@@ -439,7 +453,8 @@ impl Peers {
     /// When `expire` or the transport has work.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.waiting.values().copied().chain(self.transport.poll_timeout()).min()
+        let begin = self.to_begin.front().map(|(since, _)| *since);
+        self.waiting.values().copied().chain(self.transport.poll_timeout()).chain(begin).min()
     }
 }
 

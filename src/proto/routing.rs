@@ -10,8 +10,9 @@
 //! Whoever waits for an address asks `is_active`. A batch that failed is asked for again after a second; until then
 //! whoever waits goes on waiting: closed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use super::Now;
@@ -28,7 +29,9 @@ pub(super) const LONGEST_LIFE: Duration = Duration::from_secs(86_400);
 /// Addresses known from DNS alone; more are refused (the answer is not released).
 const DNS_ADDRESSES: usize = 4096;
 /// Addresses per batch: keeps one netlink transaction short.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
+/// Entries looked at, and addresses asked for again, per call: well below a millisecond.
+const STEP: usize = 512;
 
 /// Number of a batch; batches are applied in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -71,6 +74,15 @@ struct Entry {
     batch: BatchId,
 }
 
+/// A look at every entry, a few per call.
+#[derive(Debug, Default)]
+struct Walk {
+    /// The last entry looked at.
+    after: Option<IpAddr>,
+    /// The deadline that the walk has found so far.
+    deadline: Option<Instant>,
+}
+
 /// Every address that is, or is about to be, protected.
 #[derive(Debug, Default)]
 pub struct Routing {
@@ -78,12 +90,14 @@ pub struct Routing {
     /// New addresses are passed until somebody decides otherwise.
     passes: bool,
     from_dns: usize,
-    pending: Vec<RouteChange>,
+    pending: VecDeque<RouteChange>,
     resets: Vec<Tuple>,
     in_flight: BTreeMap<BatchId, Vec<RouteChange>>,
     retry: Option<(Instant, BTreeSet<IpAddr>)>,
     /// No life in `entries` ends before this.
     deadline: Option<Instant>,
+    /// A life may have ended: `entries` are walked.
+    walk: Option<Walk>,
     next: BatchId,
     applied: BatchId,
 }
@@ -176,29 +190,35 @@ impl Routing {
     }
 
     fn enter(&mut self, address: IpAddr) -> &mut Entry {
-        let (next, passed) = (self.next, self.passes);
+        let (batch, passed) = (self.batch(), self.passes);
         let pending = &mut self.pending;
         let entry = self.entries.entry(address).or_insert_with(|| {
-            pending.push(RouteChange::named(address, passed));
-            Entry { directory: false, dns_until: None, prohibited_until: None, passed, batch: next }
+            pending.push_back(RouteChange::named(address, passed));
+            Entry { directory: false, dns_until: None, prohibited_until: None, passed, batch }
         });
         if entry.prohibited_until.take().is_some() {
             entry.passed = passed;
-            pending.push(RouteChange::named(address, passed));
-            entry.batch = next;
+            pending.push_back(RouteChange::named(address, passed));
+            entry.batch = batch;
         }
         entry
     }
 
+    /// The batch that the next change goes with.
+    fn batch(&self) -> BatchId {
+        BatchId(self.next.0 + (self.pending.len() / BATCH) as u64)
+    }
+
     /// The ladder says whether an address of the directory is captured or passed.
     pub fn decide(&mut self, address: IpAddr, captured: bool) {
+        let batch = self.batch();
         let Some(entry) = self.entries.get_mut(&address).filter(|e| e.directory && e.passed == captured)
         else {
             return;
         };
         entry.passed = !captured;
-        entry.batch = self.next;
-        self.pending.push(RouteChange::named(address, !captured));
+        entry.batch = batch;
+        self.pending.push_back(RouteChange::named(address, !captured));
     }
 
     /// These connections of the pod end with the next batch.
@@ -209,9 +229,10 @@ impl Routing {
     /// The directory no longer names `address`: unreachable for a while, then released. What the platform carried is
     /// released at once: nothing of it was sealed.
     pub fn remove_from_directory(&mut self, address: IpAddr, now: Now) {
+        let batch = self.batch();
         let Some(entry) = self.entries.get_mut(&address).filter(|e| e.directory) else { return };
         entry.directory = false;
-        entry.batch = self.next;
+        entry.batch = batch;
         if entry.passed {
             entry.dns_until = Some(now.instant);
             self.from_dns += 1;
@@ -219,12 +240,15 @@ impl Routing {
             return;
         }
         entry.prohibited_until = Some(now.instant + PROHIBITED);
-        self.pending.push(RouteChange::Prohibit(address));
+        self.pending.push_back(RouteChange::Prohibit(address));
         self.note_deadline(now.instant + PROHIBITED);
     }
 
     fn note_deadline(&mut self, at: Instant) {
-        self.deadline = Some(self.deadline.map_or(at, |old| old.min(at)));
+        let walked = self.walk.as_mut().map(|walk| &mut walk.deadline);
+        for deadline in [Some(&mut self.deadline), walked].into_iter().flatten() {
+            *deadline = Some(deadline.map_or(at, |old| old.min(at)));
+        }
     }
 
     /// Whether the kernel has the address's guard element and route, or the decision to pass it.
@@ -257,22 +281,22 @@ impl Routing {
         self.pending.is_empty() && self.resets.is_empty() && self.in_flight.is_empty() && self.retry.is_none()
     }
 
+    /// Whether a batch is full: more changes would not join it.
+    #[must_use]
+    pub fn has_full_batch(&self) -> bool {
+        self.pending.len() >= BATCH
+    }
+
     /// The next batch for the control thread.
     pub fn poll_batch(&mut self) -> Option<Batch> {
         if self.pending.is_empty() && self.resets.is_empty() {
             return None;
         }
         let resets = std::mem::take(&mut self.resets);
-        let rest = self.pending.split_off(self.pending.len().min(BATCH));
-        let changes = std::mem::replace(&mut self.pending, rest);
+        // What does not fit waits for the following batches, as [`Self::batch`] said.
+        let changes: Vec<_> = self.pending.drain(..self.pending.len().min(BATCH)).collect();
         let id = self.next;
         self.next = BatchId(id.0 + 1);
-        // What did not fit waits for the following batch.
-        for change in &self.pending {
-            if let Some(entry) = self.entries.get_mut(&change.address()) {
-                entry.batch = self.next;
-            }
-        }
         self.in_flight.insert(id, changes.clone());
         Some(Batch { id, changes, resets })
     }
@@ -293,44 +317,65 @@ impl Routing {
         self.applied = self.applied.max(id);
     }
 
-    /// Retries, and ends the life of addresses that nobody names any more.
+    /// Retries, and ends the life of addresses that nobody names any more; a bounded number per call.
     pub fn handle_timeout(&mut self, now: Now) {
-        if let Some((_, addresses)) = self.retry.take_if(|(at, _)| *at <= now.instant) {
-            for address in addresses {
-                self.pending.push(match self.entries.get_mut(&address) {
-                    None => RouteChange::Release(address),
-                    Some(entry) => {
-                        entry.batch = self.next;
-                        if entry.prohibited_until.is_some() {
-                            RouteChange::Prohibit(address)
-                        } else {
-                            RouteChange::named(address, entry.passed)
-                        }
-                    }
-                });
-            }
+        if self.retry.as_ref().is_some_and(|(at, _)| *at <= now.instant) {
+            self.try_again();
         }
         if self.deadline.is_some_and(|at| at <= now.instant) {
             self.end_lives(now);
         }
     }
 
+    fn try_again(&mut self) {
+        for _ in 0..STEP {
+            let Some((_, addresses)) = &mut self.retry else { return };
+            let Some(address) = addresses.pop_first() else {
+                self.retry = None;
+                return;
+            };
+            let batch = self.batch();
+            self.pending.push_back(match self.entries.get_mut(&address) {
+                None => RouteChange::Release(address),
+                Some(entry) => {
+                    entry.batch = batch;
+                    if entry.prohibited_until.is_some() {
+                        RouteChange::Prohibit(address)
+                    } else {
+                        RouteChange::named(address, entry.passed)
+                    }
+                }
+            });
+        }
+    }
+
+    /// Goes on with the walk, or begins one; the deadline stays due until it is over.
     fn end_lives(&mut self, now: Now) {
-        let (pending, from_dns) = (&mut self.pending, &mut self.from_dns);
-        self.deadline = None;
-        let deadline = &mut self.deadline;
-        self.entries.retain(|address, entry| {
+        let mut walk = self.walk.take().unwrap_or_default();
+        let start = walk.after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut seen = 0;
+        let mut over = Vec::new();
+        for (address, entry) in self.entries.range((start, Bound::Unbounded)).take(STEP) {
+            seen += 1;
+            walk.after = Some(*address);
             if entry.directory {
-                return true;
+                continue;
             }
-            if let Some(at) = entry.prohibited_until.max(entry.dns_until).filter(|at| *at > now.instant) {
-                *deadline = Some(deadline.map_or(at, |old| old.min(at)));
-                return true;
+            match entry.prohibited_until.max(entry.dns_until).filter(|at| *at > now.instant) {
+                Some(at) => walk.deadline = Some(walk.deadline.map_or(at, |old| old.min(at))),
+                None => over.push(*address),
             }
-            *from_dns -= usize::from(entry.dns_until.is_some());
-            pending.push(RouteChange::Release(*address));
-            false
-        });
+        }
+        for address in over {
+            let ended = self.entries.remove(&address);
+            self.from_dns -= usize::from(ended.is_some_and(|entry| entry.dns_until.is_some()));
+            self.pending.push_back(RouteChange::Release(address));
+        }
+        if seen == STEP {
+            self.walk = Some(walk);
+        } else {
+            self.deadline = walk.deadline;
+        }
     }
 
     /// When `handle_timeout` has work.
@@ -430,6 +475,53 @@ mod tests {
         routing.handle_timeout(at(start, 30));
         assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Release(address(1))]);
         assert!(!routing.is_protected(address(1)));
+    }
+
+    #[test]
+    fn thousands_of_lives_that_end_together_end_a_bounded_number_at_a_time() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new(false);
+        let count = 10_000;
+        (0..count).for_each(|n| routing.add_from_directory(address(2 * n)));
+        (0..count).for_each(|n| routing.remove_from_directory(address(2 * n), at(start, 0)));
+        while routing.poll_batch().is_some() {}
+        let mut released = 0;
+        while routing.poll_timeout().is_some_and(|due| due <= at(start, 30).instant) {
+            routing.handle_timeout(at(start, 30));
+            let step: usize = std::iter::from_fn(|| routing.poll_batch()).map(|b| b.changes.len()).sum();
+            assert!(step <= STEP, "{step} at once");
+            // Behind the walk, with an end of its own.
+            if released == 0 {
+                routing.add_from_dns(address(1), Duration::from_secs(100), at(start, 30)).unwrap();
+                routing.poll_batch().unwrap();
+            }
+            released += step;
+        }
+        assert_eq!(released, 10_000);
+        assert!(routing.is_protected(address(1)));
+        assert_eq!(routing.poll_timeout(), Some(start + Duration::from_secs(130)));
+    }
+
+    #[test]
+    fn a_refused_update_is_asked_for_again_a_bounded_number_at_a_time() {
+        let start = crate::proto::test_start();
+        let mut routing = Routing::new(false);
+        (0..5_000).for_each(|n| routing.add_from_directory(address(n)));
+        while let Some(batch) = routing.poll_batch() {
+            routing.handle_applied(batch.id, false, at(start, 0));
+        }
+        let mut asked = BTreeSet::new();
+        while routing.poll_timeout().is_some_and(|due| due <= at(start, 1).instant) {
+            routing.handle_timeout(at(start, 1));
+            let batches: Vec<_> = std::iter::from_fn(|| routing.poll_batch()).collect();
+            assert!(batches.iter().map(|b| b.changes.len()).sum::<usize>() <= STEP);
+            for batch in batches {
+                asked.extend(batch.changes.iter().map(RouteChange::address));
+                routing.handle_applied(batch.id, true, at(start, 1));
+            }
+        }
+        assert_eq!(asked.len(), 5_000);
+        assert!(routing.is_settled() && (0..5_000).all(|n| routing.is_active(address(n))));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod accounting;
 mod dns;
 mod ladder;
 mod survival;
+mod update;
 
 const PORT: u16 = 51820;
 
@@ -140,12 +141,16 @@ impl Network {
     }
 
     fn capture_burst(&mut self, node: usize, vnet: VnetHeader, packet: &[u8]) {
+        self.hand_over(node, vnet, packet);
+        self.run();
+    }
+
+    fn hand_over(&mut self, node: usize, vnet: VnetHeader, packet: &[u8]) {
         let engine = &mut self.nodes[node].engine;
         let len = VNET_HEADER_LEN + packet.len();
         engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&vnet.encode());
         engine.capture_buffer()[VNET_HEADER_LEN..len].copy_from_slice(packet);
         engine.handle_captured(len, self.now);
-        self.run();
     }
 
     fn advance(&mut self, duration: Duration) {
@@ -160,13 +165,22 @@ impl Network {
         }
     }
 
-    /// Carries everything that is under way.
+    /// Does everything that is due, and carries everything that is under way.
     fn run(&mut self) {
+        self.carry(true);
+    }
+
+    /// Carries everything that is under way. `steps`: also does everything that is due.
+    fn carry(&mut self, steps: bool) {
         loop {
             let mut moved = false;
             for n in 0..self.nodes.len() {
                 let node = &mut self.nodes[n];
                 node.collect();
+                if steps && node.engine.poll_timeout().is_some_and(|at| at <= self.now.instant) {
+                    node.engine.handle_timeout(self.now);
+                    moved = true;
+                }
                 while let Some(batch) = node.engine.poll_batch() {
                     node.batches.push(batch);
                 }

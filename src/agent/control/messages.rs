@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zeroize::ZeroizeOnDrop;
 
-use super::{FlowReport, MESSAGE_MAX, REPORTED_FLOWS_MAX, Report};
+use super::{FlowReport, REPORTED_FLOWS_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
 use crate::proto::noise::{StaticSecret, Suite};
 
-/// Room for encoded changes in one [`ToAgent::Changes`]: the rest is the variant and the count.
-const CHUNK_MAX: usize = MESSAGE_MAX - 16;
+/// Encoded changes in one [`ToAgent::Changes`], in bytes, where they are small: the agent reads a message between packets.
+/// A VIP may have as much as [`super::MESSAGE_MAX`].
+const CHUNK: usize = 16 * 1024;
 
 /// Most endpoints of one VIP that are sent, over all its ports: at most 22 bytes each, so that a VIP fits one message.
 pub const VIP_ENDPOINTS_MAX: usize = 2_048;
@@ -158,7 +159,7 @@ pub enum ToAgent {
     Adopt,
     /// A part of the changes that lead to the next generation.
     Changes(Vec<Change>),
-    /// All changes since the last commit now count, together.
+    /// All changes since the last commit now count. The agent's next message is read when they are applied.
     Commit {
         /// Number of this state of the directory, increasing.
         generation: u64,
@@ -365,15 +366,15 @@ impl FromAgent {
 pub fn chunks(changes: Vec<Change>) -> Vec<ToAgent> {
     let mut messages = Vec::new();
     let mut chunk = Vec::new();
-    let mut room = CHUNK_MAX;
+    let mut room = CHUNK;
     for mut change in changes {
         if let Change::SetVip(vip) = &mut change {
             cut_vip(vip);
         }
         let size = encoded_len(&change);
-        if size > room {
+        if size > room && !chunk.is_empty() {
             messages.push(ToAgent::Changes(std::mem::take(&mut chunk)));
-            room = CHUNK_MAX;
+            room = CHUNK;
         }
         room = room.saturating_sub(size);
         chunk.push(change);
@@ -386,7 +387,7 @@ pub fn chunks(changes: Vec<Change>) -> Vec<ToAgent> {
 
 fn encoded_len(change: &Change) -> usize {
     let counter = postcard::ser_flavors::Size::default();
-    postcard::serialize_with_flavor(change, counter).unwrap_or(CHUNK_MAX)
+    postcard::serialize_with_flavor(change, counter).unwrap_or(CHUNK)
 }
 
 /// Keeps a VIP within one message; see [`chunks`].

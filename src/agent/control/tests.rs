@@ -251,12 +251,13 @@ fn secrets_do_not_appear_in_debug_output() {
 }
 
 #[test]
-fn a_large_directory_is_cut_into_messages_that_fit_in_order() {
+fn a_large_directory_is_cut_into_small_messages_in_order() {
     let messages = chunks((0..5_000).map(workload).collect());
     assert!(messages.len() > 1);
     let mut next = 0;
     for message in &messages {
         let bytes = encode(message, 0).unwrap();
+        assert!(bytes.len() <= 17 * 1024, "the agent reads one between packets");
         let ToAgent::Changes(list) = decode::<ToAgent>(&bytes).unwrap() else { panic!() };
         for change in list {
             assert_eq!(change, workload(next));
@@ -279,8 +280,9 @@ fn the_largest_service_fits_one_message_and_keeps_ready_endpoints() {
         |ports| Change::SetVip(Vip { address: [10, 96, 0, 1].into(), ports, client_ip_affinity: false });
 
     let messages = chunks(vec![workload(0), vip(vec![port(80, (0..4_000).map(endpoint).collect())])]);
-    let [ToAgent::Changes(list)] = &messages[..] else { panic!("{}", messages.len()) };
-    let Change::SetVip(got) = &list[1] else { panic!() };
+    let [_, ToAgent::Changes(list)] = &messages[..] else { panic!("{}", messages.len()) };
+    let [Change::SetVip(got)] = &list[..] else { panic!() };
+    assert!(encode(&messages[1], 0).is_ok());
     assert_eq!(got.ports[0].endpoints.len(), VIP_ENDPOINTS_MAX);
     assert_eq!(got.ports[0].endpoints.iter().filter(|e| e.ready).count(), 1_000);
     assert!(got.ports[0].endpoints.is_sorted());

@@ -78,21 +78,6 @@ impl Netlink {
         self.find_link(message, &format!("number {}", found.index))
     }
 
-    /// Packets that the device `name` dropped instead of sending them, since it was made.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] with ENODEV when there is none.
-    pub fn tx_dropped(&mut self, name: &str) -> Result<u64, Error> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        let found = self.get_link(message, name)?;
-        let stats = found.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::Stats64(stats) => Some(stats.tx_dropped),
-            _ => None,
-        });
-        stats.ok_or(Error::Unexpected("a link without counters"))
-    }
-
     /// All addresses of all devices of the namespace.
     ///
     /// # Errors

@@ -393,19 +393,25 @@ impl Transport {
         self.shared.locals.iter().position(is_for).ok_or(DropReason::BadMac1)
     }
 
-    /// Runs every timer that is due.
+    /// Runs the timers that are due, of one peer per call: they may make a handshake message, which takes a fifth of a
+    /// millisecond.
     pub fn handle_timeout(&mut self, now: Now) {
-        while let Some(id) = self.shared.schedule.take_due(now.instant) {
-            let peer = self.peers.get_mut(id).expect("a removed peer has no wake-up");
-            peer.wake = None;
-            peer.handle_timeout(&mut self.shared, now);
-        }
+        let Some(id) = self.shared.schedule.take_due(now.instant) else { return };
+        let peer = self.peers.get_mut(id).expect("a removed peer has no wake-up");
+        peer.wake = None;
+        peer.handle_timeout(&mut self.shared, now);
     }
 
     /// When [`Self::handle_timeout`] wants to be called next. May be earlier than necessary.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.shared.schedule.earliest()
+    }
+
+    /// Handshake messages and keepalives that wait to be sent.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.transmits.len()
     }
 
     /// The next handshake message or keepalive to send, and where to.
