@@ -28,7 +28,7 @@
 //! 7. Connections survive their agents ([`proto::journal`] and [`agent::state`] a crash, [`proto::handover`] an upgrade).
 //! 8. DNS is unchanged ([`proto::dns`]).
 //! 11. Least privilege (`agent::privileges`, [`launcher::keys`]).
-//! 12. Everything is counted ([`proto::drop::Counters`]).
+//! 12. Everything is counted ([`proto::account::Counters`]).
 //! 13. Clean: a stop removes what the agent made, and only that ([`agent`], [`launcher`]).
 
 pub mod cli;
