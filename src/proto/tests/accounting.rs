@@ -273,6 +273,10 @@ impl World {
                     6 => vec![vip(DNS_ONLY, &[SERVER[0]])],
                     _ => everything(),
                 };
+                // The driver reads no update while one is being applied.
+                while self.engine(node).is_committing() {
+                    self.engine(node).handle_timeout(now);
+                }
                 self.engine(node).handle_directory(change, now);
             }
             Step::Apply { node, ok } => {

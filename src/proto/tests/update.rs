@@ -293,6 +293,7 @@ proptest! {
             prop_assert_eq!(engine.directory.workloads(ALL).collect::<BTreeSet<_>>(), workloads.clone());
             prop_assert_eq!(engine.directory.vips(ALL).collect::<BTreeSet<_>>(), vips.clone());
             prop_assert_eq!(engine.directory.exempt(ALL).collect::<BTreeSet<_>>(), exempt.clone());
+            prop_assert_eq!(engine.directory.externals().cloned().collect::<BTreeSet<_>>(), external.clone());
             let peers: BTreeSet<_> = engine.peers(usize::MAX).2.into_iter().map(|(address, _)| address).collect();
             prop_assert_eq!(peers, workloads.clone());
             prop_assert!(workloads.union(&vips).all(|address| engine.routing.is_active(*address)));
