@@ -34,6 +34,9 @@ pub const CASES: &[Case] = &[
     Case::new("promise_1_guard_first_closes_the_pod_before_its_first_instruction", guard_first)
         .agents(Agents::Off)
         .seconds(900),
+    Case::new("promise_1_the_guard_is_loaded_over_whatever_has_its_name", foreign_tables)
+        .agents(Agents::Off)
+        .looks_itself(),
 ];
 
 /// An application that speaks from its first instruction on, while the directory is still missing, until it is protected.
@@ -144,6 +147,23 @@ impl Drop for Guarded<'_> {
         if !thread::panicking() {
             removed.expect("the guard goes");
         }
+    }
+}
+
+/// Tables of our names that the guard cannot simply be loaded over.
+fn foreign_tables(lab: &Lab) {
+    for there in [
+        "add table inet tencrypt { flags dormant; }; add table netdev tencrypt { flags dormant; }",
+        "add table inet tencrypt; add set inet tencrypt protected4 { type ipv6_addr; }",
+        "add table inet tencrypt; add chain inet tencrypt postrouting { type filter hook input priority 7; }",
+    ] {
+        let guarded = Guarded::new(lab, "shop-client");
+        guarded.nft(there);
+        guarded.load(Mode::Strict, Gate::Open);
+        guarded.protect(lab.pod("shop-web1").addresses());
+        let (from, to) = (guarded.pod.udp_for(lab.pod("shop-web1").v4.into()), lab.pod("shop-web1"));
+        let to = to.udp((to.v4, PORT));
+        assert_eq!(arrived(&from, &to, 3), 0, "over `{there}` nothing is guarded");
     }
 }
 

@@ -181,14 +181,39 @@ const NO_EGRESS: [&str; 3] = ["Operation not supported", "unknown chain hook", "
 /// # Errors
 /// See [`Error`]; after one, what was there before is unchanged.
 pub fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
-    match nft(netns, "load", &["-f", "-"], &ruleset(skeleton, true)) {
+    match load_over(netns, skeleton, |_| String::new()) {
+        // What has our name is not ours to load over: dormant, or with sets or chains of another kind. It goes in the same
+        // transaction, and the agent fills the sets again.
+        Err(Error::Refused { .. }) => load_over(netns, skeleton, removal),
+        loaded => loaded,
+    }
+}
+
+/// `first`: what is done in the same transaction before, with the tables of these families.
+fn load_over(
+    netns: &OwnedFd,
+    skeleton: &Skeleton,
+    first: impl Fn(&[&str]) -> String,
+) -> Result<Loaded, Error> {
+    let load = |families: &[&str], egress| {
+        nft(netns, "load", &["-f", "-"], &(first(families) + &ruleset(skeleton, egress)))
+    };
+    match load(&["inet", "netdev"], true) {
         Ok(_) => Ok(Loaded::Full),
         Err(Error::Refused { stderr, .. }) if NO_EGRESS.iter().any(|words| stderr.contains(words)) => {
-            nft(netns, "load", &["-f", "-"], &ruleset(skeleton, false))?;
+            load(&["inet"], false)?;
             Ok(Loaded::WithoutEgress(stderr))
         }
         Err(error) => Err(error),
     }
+}
+
+/// Removes the tables of these families. Deleting what is not there fails, adding what is there does not.
+fn removal(families: &[&str]) -> String {
+    families.iter().fold(String::new(), |mut text, family| {
+        writeln!(text, "add table {family} {TABLE}\ndelete table {family} {TABLE}").expect("a string");
+        text
+    })
 }
 
 /// Whether the skeleton, or what is left of one, is in `netns`.
@@ -205,16 +230,9 @@ pub fn is_loaded(netns: &OwnedFd) -> Result<bool, Error> {
 /// # Errors
 /// See [`Error`].
 pub fn remove(netns: &OwnedFd) -> Result<(), Error> {
-    // Deleting what is not there fails, adding what is there does not.
-    let tables = |families: &[&str]| {
-        families.iter().fold(String::new(), |mut text, family| {
-            writeln!(text, "add table {family} {TABLE}\ndelete table {family} {TABLE}").expect("a string");
-            text
-        })
-    };
-    match nft(netns, "remove", &["-f", "-"], &tables(&["inet", "netdev"])) {
+    match nft(netns, "remove", &["-f", "-"], &removal(&["inet", "netdev"])) {
         // A kernel without the netdev family.
-        Err(Error::Refused { .. }) => nft(netns, "remove", &["-f", "-"], &tables(&["inet"])).map(drop),
+        Err(Error::Refused { .. }) => nft(netns, "remove", &["-f", "-"], &removal(&["inet"])).map(drop),
         other => other.map(drop),
     }
 }
