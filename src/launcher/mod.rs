@@ -39,7 +39,7 @@ pub mod status;
 mod supervisor;
 
 use gate::Closed;
-use guard::{Gate, Loaded};
+use guard::Gate;
 use plan::Plan;
 use pod::{PodError, PodNetns};
 use process::Stop;
@@ -229,12 +229,6 @@ fn take_runtime(netns: &PodNetns) -> Result<Runtime, Failure> {
 
 /// Guard, then the agent; ends when the agent is ready. To be awaited to its end.
 async fn bring_up(supervisor: &mut Supervisor<'_>) -> Result<(), Failure> {
-    match guard::load(&supervisor.plan.netns_fd, &supervisor.plan.skeleton).map_err(Failure::kernel)? {
-        Loaded::Full => {}
-        Loaded::WithoutEgress(reason) => {
-            warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
-        }
-    }
     supervisor.start().await?;
     if supervisor.plan.skeleton.gate == Gate::Closed {
         supervisor.open_gate().map_err(Failure::kernel)?;

@@ -41,8 +41,9 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 /// How long an agent may take to remove what it made. A pod with thousands of routes needs a fraction of it.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long an agent that runs already may take to answer: it reads within one turn of its loop.
-const ADOPT_LIMIT: Duration = Duration::from_secs(1);
+/// How long an agent that runs already may take to answer: it reads within one turn of its loop, but for the second that a
+/// directory of ten thousand workloads takes it under load.
+const ADOPT_LIMIT: Duration = Duration::from_secs(3);
 
 /// Variables that test builds hand on, so that faults can be injected into the agent.
 #[cfg(feature = "fault-injection")]

@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::dns_helper::{self, DnsHelper};
-use super::guard::{self, Gate};
+use super::guard::{self, Gate, Loaded};
 use super::plan::Plan;
 use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
 use super::runtime::Runtime;
@@ -108,6 +108,7 @@ impl<'a> Supervisor<'a> {
     /// # Errors
     /// It could not be started, or did not become ready.
     pub(super) async fn start(&mut self) -> Result<(), Failure> {
+        self.load_skeleton().map_err(Failure::kernel)?;
         if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
             let identity = self.plan.netns.identity();
             if let Some((agent, adopted)) = Agent::adopt(channel, identity).await.map_err(Failure::kernel)? {
@@ -137,6 +138,19 @@ impl<'a> Supervisor<'a> {
                 warn!(error = format!("{error:#}"), "it could not be replaced in order");
             }
         }
+    }
+
+    /// Whatever became of the guard while there was no agent to see it.
+    async fn start_again(&mut self) -> anyhow::Result<()> {
+        self.load_skeleton()?;
+        self.spawn().await
+    }
+
+    fn load_skeleton(&self) -> Result<(), guard::Error> {
+        if let Loaded::WithoutEgress(reason) = guard::load(&self.plan.netns_fd, &self.plan.skeleton)? {
+            warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
+        }
+        Ok(())
     }
 
     /// Starts an agent and sends it everything but what makes it read: its `Ready` is still to come.
@@ -333,7 +347,7 @@ impl<'a> Supervisor<'a> {
             self.replace().await?;
         }
         if self.start_at.is_some_and(|at| at <= now)
-            && let Err(error) = self.spawn().await
+            && let Err(error) = self.start_again().await
         {
             warn!(error = format!("{error:#}"), "cannot start an agent: the pod stays closed");
             self.start_later();
@@ -388,6 +402,9 @@ impl<'a> Supervisor<'a> {
         if self.agent.is_none() || self.ready_by.is_some() {
             bail!("there is no agent that could hand over");
         }
+        // What was read again may have changed it; the old agent knows what it is to look like if it goes on.
+        self.load_skeleton()?;
+        self.queue.push_back(self.guard_loaded());
         let mut successor = self.new_agent(true).await?;
         let mut queue = self.plan.whole();
         let ready = wait_until_ready(&mut successor, &mut queue).await;

@@ -86,6 +86,9 @@ pub struct Lesson {
     pub owned: BTreeSet<(Name, IpAddr)>,
     /// Names inside the zone, with the names that they are said to stand for.
     pub targets: BTreeSet<(Name, Name)>,
+    /// Where the question is inside the zone: addresses of the answer section whose owner the question does not lead to, or whose
+    /// class or type is one that careless readers take for an address.
+    pub loose: BTreeSet<IpAddr>,
 }
 
 /// An answer that could not be read completely.
@@ -137,15 +140,14 @@ fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson
             let record = read_record(message, &mut decoder, &mut steps)?;
             // An answer from outside that leads into the zone counts as one about the zone.
             *in_zone |= zone.zone_of(&record.owner);
-            if record.class == CLASS_IN {
-                records.push(record);
-            }
+            records.push(record);
         }
         Some(records)
     };
     let answer = section(answers)?;
     section(authorities)?;
-    let additional = section(additionals)?;
+    let mut additional = section(additionals)?;
+    additional.retain(|record| record.class == CLASS_IN);
     if !decoder.is_empty() {
         return None;
     }
@@ -171,22 +173,31 @@ fn collect(
     additional: &[Record<'_>],
     steps: &mut usize,
 ) -> Option<Lesson> {
+    let (proper, odd): (Vec<_>, Vec<_>) = answer.iter().partition(|r| r.class == CLASS_IN);
     let mut aliases: BTreeMap<&Name, Vec<Name>> = BTreeMap::new();
-    for record in answer.iter().filter(|r| r.kind == TYPE_CNAME) {
+    for record in proper.iter().filter(|r| r.kind == TYPE_CNAME) {
         aliases.entry(&record.owner).or_default().push(name_at(message, record, 0, steps)?.0);
     }
     let mut lesson = Lesson::default();
     let mut reached = BTreeSet::new();
     let mut queue: Vec<Name> = asked.iter().map(Name::to_lowercase).collect();
     while let Some(name) = queue.pop() {
+        if reached.contains(&name) {
+            continue;
+        }
         if let Some(targets) = aliases.get(&name) {
             targets.iter().for_each(|target| lead(&mut lesson, zone, &name, target));
             queue.extend(targets.iter().filter(|t| !reached.contains(*t)).cloned());
         }
         reached.insert(name);
     }
+    if asked.iter().any(|name| zone.zone_of(name)) {
+        let is_led_to = |r: &&&Record<'_>| matches!(r.kind, TYPE_A | TYPE_AAAA) && reached.contains(&r.owner);
+        lesson.loose.extend(odd.iter().filter_map(|record| careless(record)));
+        lesson.loose.extend(proper.iter().filter(|r| !is_led_to(r)).filter_map(|record| careless(record)));
+    }
     let mut targets = BTreeSet::new();
-    for record in answer.iter().filter(|r| reached.contains(&r.owner)) {
+    for record in proper.into_iter().filter(|r| reached.contains(&r.owner)) {
         match record.kind {
             TYPE_A | TYPE_AAAA => learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]),
             TYPE_SRV => {
@@ -210,6 +221,15 @@ fn collect(
         learn(&mut lesson, zone, &record.owner, record.ttl, &[address(record)?]);
     }
     Some(lesson)
+}
+
+/// The address that a reader sees who looks at the low byte of the type alone.
+fn careless(record: &Record<'_>) -> Option<IpAddr> {
+    match record.kind & 0xff {
+        TYPE_A => Some(Ipv4Addr::from(<[u8; 4]>::try_from(record.data).ok()?).into()),
+        TYPE_AAAA => Some(Ipv6Addr::from(<[u8; 16]>::try_from(record.data).ok()?).into()),
+        _ => None,
+    }
 }
 
 fn lead(lesson: &mut Lesson, zone: &Name, owner: &Name, target: &Name) {

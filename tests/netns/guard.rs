@@ -14,6 +14,7 @@ use tencrypt::launcher::guard::{self, Gate, Loaded, Reason, Skeleton, WouldDrop}
 use tencrypt::proto::ladder::Mode;
 
 use crate::Case;
+use crate::hostile::bytes;
 use crate::lab::{Agents, Lab, Launched, RESOLVER, TUNNEL_PORT};
 use crate::lifecycle::{StopAtEnd, keep_trying};
 use crate::packets::{self, CANARY};
@@ -46,7 +47,7 @@ fn guard_first(lab: &Lab) {
     let away = directory.with_extension("away");
     let _server = Launched::pod(lab, "shop-web2", &lab.directory(crate::lab::PROJECT), &key);
     let client = lab.pod("shop-client");
-    for round in 0..if crate::long() { 200 } else { 4 } {
+    for round in 0..if crate::long() { 200u64 } else { 4 } {
         std::fs::rename(&directory, &away).expect("the directory goes");
         let mut args = Launched::args(lab, "shop-client", &directory, &key);
         args.push("--guard-first".to_owned());
@@ -60,7 +61,8 @@ fn guard_first(lab: &Lab) {
         thread::scope(|scope| {
             let _stop = StopAtEnd(&stop);
             scope.spawn(|| keep_trying(lab, true, &stop, &tries));
-            thread::sleep(Duration::from_millis(50 + 37 * (round % 7)));
+            // At random, and the same in every run.
+            thread::sleep(Duration::from_millis(bytes(round, 1)[0].into()));
             assert!(
                 client.http_get((crate::lab::external()[0], 80), Duration::from_millis(200)).is_err(),
                 "the pod speaks to the outside before it is protected"
@@ -164,6 +166,17 @@ fn foreign_tables(lab: &Lab) {
         let (from, to) = (guarded.pod.udp_for(lab.pod("shop-web1").v4.into()), lab.pod("shop-web1"));
         let to = to.udp((to.v4, PORT));
         assert_eq!(arrived(&from, &to, 3), 0, "over `{there}` nothing is guarded");
+    }
+    // What it holds stays, also where only a removal helps.
+    let guarded = Guarded::new(lab, "shop-client");
+    guarded.load(Mode::Strict, Gate::Open);
+    guarded.protect(lab.pod("shop-web1").addresses());
+    guarded.nft("add table inet tencrypt { flags dormant; }");
+    guarded.load(Mode::Strict, Gate::Open);
+    let to = lab.pod("shop-web1");
+    for address in to.addresses() {
+        let (from, to) = (guarded.pod.udp_for(address), to.udp((address, PORT)));
+        assert_eq!(arrived(&from, &to, 3), 0, "{address} is not protected any more");
     }
 }
 

@@ -64,7 +64,7 @@ fn assert_nothing_left(lab: &Lab, said: &str) {
 
 fn stopped_while_adopting(lab: &Lab) {
     let directory = lab.directory(PROJECT);
-    for (frozen, after) in [(false, 1), (false, 10), (false, 40), (true, 20), (true, 500), (true, 1_020)] {
+    for (frozen, after) in [(false, 1), (false, 10), (false, 40), (true, 20), (true, 500), (true, 3_020)] {
         orphan(lab, &directory);
         if frozen {
             kill(agent(lab, CLIENT), Signal::SIGSTOP).expect("stop");

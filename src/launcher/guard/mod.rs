@@ -32,7 +32,7 @@ use serde::Deserialize;
 use siphasher::sip::SipHasher13;
 
 pub use self::ruleset::{Reason, ruleset};
-use crate::agent::guard::TABLE;
+use crate::agent::guard::{SET4, SET6, TABLE};
 use crate::proto::ladder::Mode;
 use crate::sys::exec::in_network_namespace;
 
@@ -181,22 +181,49 @@ const NO_EGRESS: [&str; 3] = ["Operation not supported", "unknown chain hook", "
 /// # Errors
 /// See [`Error`]; after one, what was there before is unchanged.
 pub fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
-    match load_over(netns, skeleton, |_| String::new()) {
+    match load_over(netns, skeleton, |_| String::new(), |_| String::new()) {
         // What has our name is not ours to load over: dormant, or with sets or chains of another kind. It goes in the same
-        // transaction, and the agent fills the sets again.
-        Err(Error::Refused { .. }) => load_over(netns, skeleton, removal),
+        // transaction; addresses that stand in its sets are kept.
+        Err(Error::Refused { .. }) => {
+            let kept = |family: &str| elements(netns, family);
+            let kept = [("inet", kept("inet")), ("netdev", kept("netdev"))];
+            load_over(netns, skeleton, removal, |families| {
+                kept.iter()
+                    .filter(|(family, _)| families.contains(family))
+                    .map(|(_, text)| text.as_str())
+                    .collect()
+            })
+        }
         loaded => loaded,
     }
 }
 
-/// `first`: what is done in the same transaction before, with the tables of these families.
+/// What puts the addresses that our sets in this family hold there again.
+fn elements(netns: &OwnedFd, family: &str) -> String {
+    [SET4, SET6].into_iter().fold(String::new(), |mut text, set| {
+        let listed =
+            nft(netns, "list a set of", &["list", "set", family, TABLE, set], "").unwrap_or_default();
+        let held = listed.split_once("elements = {").and_then(|(_, rest)| rest.split_once('}'));
+        for address in held.iter().flat_map(|(held, _)| held.split(',')) {
+            if let Ok(address) = address.trim().parse::<IpAddr>()
+                && address.is_ipv4() == (set == SET4)
+            {
+                writeln!(text, "add element {family} {TABLE} {set} {{ {address} }}").expect("a string");
+            }
+        }
+        text
+    })
+}
+
+/// `first` and `last`: what is done in the same transaction before and after, with the tables of these families.
 fn load_over(
     netns: &OwnedFd,
     skeleton: &Skeleton,
     first: impl Fn(&[&str]) -> String,
+    last: impl Fn(&[&str]) -> String,
 ) -> Result<Loaded, Error> {
     let load = |families: &[&str], egress| {
-        nft(netns, "load", &["-f", "-"], &(first(families) + &ruleset(skeleton, egress)))
+        nft(netns, "load", &["-f", "-"], &(first(families) + &ruleset(skeleton, egress) + &last(families)))
     };
     match load(&["inet", "netdev"], true) {
         Ok(_) => Ok(Loaded::Full),

@@ -170,13 +170,29 @@ fn a_name_of_the_project_leads_out_of_it_only_where_the_directory_does() {
         ("web.shop.svc.cluster.local", "example.com", OUTSIDE, false),
         ("web.shop.svc.cluster.local", "b.shop.svc.cluster.local", NODE, false),
         ("example.com", "web.shop.svc.cluster.local", NODE, false),
+        ("web.shop.svc.cluster.local", "legacy.shop.svc.cluster.local", NODE, false),
         ("legacy.shop.svc.cluster.local", "example.com", OUTSIDE, true),
         ("web.shop.svc.cluster.local", "b.shop.svc.cluster.local", [10, 96, 0, 99], true),
     ] {
         let got = told(&mut network, name, &|asked| alias(asked, target, address));
         assert_eq!(got, expected, "{name} as {target} at {address:?}");
     }
-    assert_eq!(network.dropped(0, DropReason::DnsContradicted), 8);
+    // Records that lead nowhere, which careless readers follow all the same.
+    for (class, kind) in [(1, 1), (3, 1), (1, 0x0101)] {
+        let stray = |asked: &[u8]| {
+            let mut out = asked.to_vec();
+            out[2] |= 0x80;
+            out[7] = 1;
+            out.extend([4, b'e', b'v', b'i', b'l', 0]);
+            out.extend(u16::to_be_bytes(kind));
+            out.extend([0, class, 0, 0, 0, 5, 0, 4]);
+            out.extend(NODE);
+            out
+        };
+        assert!(!told(&mut network, "web.shop.svc.cluster.local", &stray), "class {class}, type {kind}");
+        assert!(told(&mut network, "example.com", &stray));
+    }
+    assert_eq!(network.dropped(0, DropReason::DnsContradicted), 12);
     network.nodes[0].engine.handle_whole_directory(Vec::new(), now);
     network.run();
     assert!(!told(&mut network, "legacy.shop.svc.cluster.local", &|asked| answer(asked, [127, 0, 0, 1])));
