@@ -521,17 +521,26 @@ impl Driver {
         self.session.tell(&FromAgent::TunReplaced, &[self.kernel.tun.as_fd()]);
     }
 
-    /// One message per turn: each may be 64 KiB of changes.
+    /// One message per turn, and what stands behind an order to hand over: each may be 16 KiB of changes.
     fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
-        let Some(channel) = &self.session.channel else { return Ok(None) };
-        match channel.try_recv() {
-            Ok(Some(Received::Message(message, descriptors))) => self.obey(message, descriptors, now),
-            Ok(Some(Received::Closed)) => self.lose_launcher(token, now),
-            Ok(None) => Ok(None),
-            // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
-            Err(error) => {
-                warn!(%error, "message of the launcher refused: the agent hangs up");
-                self.lose_launcher(token, now)
+        loop {
+            let Some(channel) = &self.session.channel else { return Ok(None) };
+            match channel.try_recv() {
+                Ok(Some(Received::Message(message, descriptors))) => {
+                    // Nothing is handed over to a launcher that has died meanwhile: its end may stand behind the order.
+                    let reads_on = matches!(message, ToAgent::HandOver);
+                    let end = self.obey(message, descriptors, now)?;
+                    if !reads_on || end.is_some() {
+                        return Ok(end);
+                    }
+                }
+                Ok(Some(Received::Closed)) => return self.lose_launcher(token, now),
+                Ok(None) => return Ok(None),
+                // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
+                Err(error) => {
+                    warn!(%error, "message of the launcher refused: the agent hangs up");
+                    return self.lose_launcher(token, now);
+                }
             }
         }
     }
