@@ -279,7 +279,7 @@ fn shake_hands_anew(lab: &Lab, pod: &str) {
 }
 
 /// Has the agents of `pods` replaced in order, all at once, and waits for the end of the old ones.
-fn renew(lab: &Lab, pods: &[&str]) {
+pub fn renew(lab: &Lab, pods: &[&str]) {
     let old: Vec<_> = pods.iter().map(|pod| agent(lab, pod)).collect();
     for pod in pods {
         kill(launcher(lab, pod), Signal::SIGHUP).expect("SIGHUP");

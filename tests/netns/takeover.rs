@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 
 use crate::Case;
-use crate::crash::{agent, agents_in, end_launcher, launcher, relaunch};
+use crate::crash::{agent, agents_in, end_launcher, launcher, relaunch, renew};
 use crate::lab::{Agents, Lab, Launched, PROJECT};
 use crate::load::{CLIENT, Size, under_load};
 use crate::services::copy_directory;
@@ -112,6 +112,8 @@ fn hand_over_broken_off(lab: &Lab) {
         }
     });
     assert_eq!(canary.twice, 0, "a datagram arrived twice");
+    // An agent that the last launcher has started says what it does where the next case looks.
+    renew(lab, &[CLIENT]);
 }
 
 fn started_together(lab: &Lab) {
