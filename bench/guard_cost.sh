@@ -23,11 +23,8 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 repo=$(dirname "$here")
 lab_sh=$repo/netns-scripts/lab.sh
 
-# shellcheck source-path=SCRIPTDIR
-for part in common setup report; do
-  # shellcheck source=/dev/null
-  . "$here/lib/$part.sh"
-done
+# shellcheck source=SCRIPTDIR/lib/common.sh
+. "$here/lib/common.sh"
 usage() { sed -n '4,7{s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
 pairs=24 seconds=2 arguments=("$@")
@@ -115,7 +112,7 @@ fact iperf3 "$(iperf3 --version | sed -n '1s/^iperf //p'), 1 TCP stream, $pairs 
 fact Tencrypt "$("$TENCRYPT" --version), strict"
 printf '\n%-22s %5s %9s %9s %9s\n' 'PLAIN TRAFFIC, Gbit/s' N MEDIAN MIN MAX
 # shellcheck disable=SC2046  # three words
-printf '%-22s %5d %9.2f %9.2f %9.2f\n' 'with the guard' $pairs $(stats "${with[@]}") 'without' $pairs $(stats "${without[@]}")
+printf '%-22s %5d %9.2f %9.2f %9.2f\n' 'with the guard' "$pairs" $(stats "${with[@]}") 'without' "$pairs" $(stats "${without[@]}")
 median=$(middle "${ratios[@]}")
 read -r low high level < <(interval "${ratios[@]}")
 printf '\nmedian ratio %.3f, %s %% interval %s to %s\n' "$median" "$level" "$low" "$high"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every benchmark needs: the program, root, a lab of its own, and its end. Sourced first, with `repo` and `lab_sh` set.
+# What a benchmark in the lab needs: the program, root, a lab of its own and its end, figures. Sourced first, with `repo` and `lab_sh` set.
 # shellcheck disable=SC2154  # variables shared with the benchmark
 
 say() { printf '%s\n' "$*"; }
@@ -52,6 +52,7 @@ begin() {
   PYTHON=/usr/bin/python3
   [[ -x $PYTHON ]] || PYTHON=python3
   work=$(mktemp -d)
+  # shellcheck disable=SC2034  # read by the benchmark
   began=$SECONDS
   pids=()
   trap cleanup EXIT
@@ -72,4 +73,35 @@ cleanup() {
   fi
   rm -rf "$work"
   exit "$status"
+}
+
+# await_listening POD PORT...: until programs listen on these TCP ports.
+await_listening() {
+  local pod=$1 port tries
+  shift
+  for port; do
+    tries=100
+    until [[ -n $(in_pod "$pod" ss -Hltn "sport = :$port") ]]; do
+      ((tries-- > 0)) || fail "nothing listens on port $port of $pod"
+      sleep 0.05
+    done
+  done
+}
+
+# stats VALUE...: median, lowest, highest.
+stats() {
+  printf '%s\n' "$@" | sort -g | awk '{ v[NR] = $1 }
+    END { m = int((NR + 1) / 2); print (NR % 2 ? v[m] : (v[m] + v[m + 1]) / 2), v[1], v[NR] }'
+}
+
+# middle VALUE...: the median alone.
+middle() { stats "$@" | cut -d' ' -f1; }
+
+fact() { printf '  %-22s %s\n' "$1" "$2"; }
+
+# verdict MET GOAL MEASURED
+verdict() {
+  local word=met
+  ((${1})) || { word=MISSED; missed=$((missed + 1)); }
+  printf '%-8s%-58s%s\n' "$word" "$2" "$3"
 }
