@@ -3,8 +3,8 @@
 #
 #   guard_cost.sh [--pairs N] [--seconds S]
 #
-#   --pairs N      pairs of runs with and without the guard (default 24; at least 20 for a verdict)
-#   --seconds S    seconds per iperf3 run (default 2)
+#   --pairs N      pairs of runs with and without the guard (default 80; at least 20 for a verdict)
+#   --seconds S    seconds per iperf3 run (default 1)
 #
 # One lab, one path (shop-client behind the bridge of node1, vxlan, bank-server routed on node2), one TCP stream in clear.
 # Each pair is two runs one after the other, their order drawn by lot: with `tencrypt launch` in the pod (strict: guard,
@@ -27,7 +27,7 @@ lab_sh=$repo/netns-scripts/lab.sh
 . "$here/lib/common.sh"
 usage() { sed -n '4,7{s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
-pairs=24 seconds=2 arguments=("$@")
+pairs=80 seconds=1 arguments=("$@")
 while (($#)); do
   case $1 in
     --pairs) pairs=$(number "${2:-}") || exit 2; shift ;;
@@ -111,7 +111,7 @@ fact MTU "$POD_MTU"
 fact iperf3 "$(iperf3 --version | sed -n '1s/^iperf //p'), 1 TCP stream, $pairs pairs of $seconds s each, receiver side"
 fact Tencrypt "$("$TENCRYPT" --version), strict"
 printf '\n%-22s %5s %9s %9s %9s\n' 'PLAIN TRAFFIC, Gbit/s' N MEDIAN MIN MAX
-# shellcheck disable=SC2046  # three words
+# shellcheck disable=SC2046,SC2183  # three words each
 printf '%-22s %5d %9.2f %9.2f %9.2f\n' 'with the guard' "$pairs" $(stats "${with[@]}") 'without' "$pairs" $(stats "${without[@]}")
 median=$(middle "${ratios[@]}")
 read -r low high level < <(interval "${ratios[@]}")
