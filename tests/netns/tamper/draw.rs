@@ -534,18 +534,14 @@ fn guard_set_flushed(rng: &mut Rng, _: &World) -> Tampering {
     repaired("guard_set_flushed", Takes::Guard, format!("nft flush set {family} tencrypt {set}"))
 }
 
-/// By one of another type: nothing of ours can be loaded beside it.
+/// By one of another type: ours is loaded over it.
 fn guard_set_replaced(rng: &mut Rng, _: &World) -> Tampering {
     let family = rng.pick(&["inet", "netdev"]);
-    reported(
-        "guard_set_replaced",
-        Takes::Guard,
-        format!(
-            "nft 'flush table {family} tencrypt; delete set {family} tencrypt protected4; \
-             add set {family} tencrypt protected4 {{ type ether_addr; }}'"
-        ),
-        format!("nft delete set {family} tencrypt protected4"),
-    )
+    let apply = format!(
+        "nft 'flush table {family} tencrypt; delete set {family} tencrypt protected4; \
+         add set {family} tencrypt protected4 {{ type ether_addr; }}'"
+    );
+    repaired("guard_set_replaced", Takes::Guard, apply)
 }
 
 /// What another table accepts ours still sees.

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
 use super::super::*;
+use crate::proto::test_start;
 
 pub(super) const A: usize = 0;
 pub(super) const B: usize = 1;
@@ -23,9 +24,7 @@ pub(super) const fn secs(seconds: u64) -> Duration {
 
 /// The start of the simulation.
 pub(super) fn epoch() -> Now {
-    #[expect(clippy::disallowed_methods, reason = "an Instant has no other origin; only differences matter")]
-    let instant = Instant::now();
-    Now { instant, wall: secs(1_700_000_000) }
+    Now { instant: test_start(), wall: secs(1_700_000_000) }
 }
 
 pub(super) fn secret(n: u8) -> StaticSecret {
