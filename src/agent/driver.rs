@@ -684,7 +684,10 @@ impl Driver {
             // Room was made: the resolver's next messages may be read.
             self.pump(stream, clocks());
         }
-        self.transmit();
+        // Until then the sockets are the predecessor's.
+        if !self.session.parked {
+            self.transmit();
+        }
         self.inject()
     }
 

@@ -154,6 +154,10 @@ impl Routing {
     /// they would have lived.
     pub(super) fn import(&mut self, known: Vec<(IpAddr, Duration)>, then: Instant) {
         for (address, left) in known.into_iter().take(DNS_ADDRESSES) {
+            // Learned after we looked what there is: the control thread, which keeps the guard's sets, has to hear of it.
+            if !self.entries.contains_key(&address) {
+                self.pending.push_back(RouteChange::Prohibit(address));
+            }
             self.adopt_until(address, then + left.min(LONGEST_LIFE));
         }
     }
@@ -412,6 +416,17 @@ mod tests {
 
     fn address(n: u32) -> IpAddr {
         IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a60_0000 + n))
+    }
+
+    #[test]
+    fn the_kernel_side_hears_of_what_a_predecessor_learned_meanwhile_and_of_nothing_twice() {
+        let (mut routing, now) = (Routing::new(false), at(crate::proto::test_start(), 0));
+        routing.adopt(&[address(1)], now);
+        let left = Duration::from_secs(5);
+        routing.import(vec![(address(1), left), (address(2), left)], now.instant);
+        assert_eq!(routing.poll_batch().unwrap().changes, [RouteChange::Prohibit(address(2))]);
+        assert!(routing.poll_batch().is_none());
+        assert!(routing.is_protected(address(1)) && routing.is_protected(address(2)));
     }
 
     #[test]
