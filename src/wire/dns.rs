@@ -123,16 +123,16 @@ fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson
     read_u16(&mut decoder)?;
     let flags = read_u16(&mut decoder)?;
     let [questions, answers, authorities, additionals] = [(); 4].map(|()| read_u16(&mut decoder));
-    if flags & 0x7800 != 0 {
-        // Not a QUERY: the sections mean something else, and nothing in them is an answer.
-        return Some(Lesson::default());
-    }
     let mut asked = Vec::new();
     for _ in 0..questions? {
         let name = read_name(message, &mut decoder, &mut steps)?;
         *in_zone |= zone.zone_of(&name);
         decoder.read_slice(4).ok()?;
         asked.push(name);
+    }
+    if flags & 0x7800 != 0 {
+        // Not a QUERY: the sections mean something else. A careless reader may take them for an answer all the same.
+        return (answers? == 0 || !*in_zone).then(Lesson::default);
     }
     let mut section = |count: Option<u16>| {
         let mut records = Vec::new();
@@ -361,6 +361,20 @@ mod tests {
 
     fn learned(message: &[u8]) -> Vec<String> {
         lesson(message, &zone()).unwrap().addresses.keys().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_response_that_is_no_querys_teaches_nothing_and_bears_no_answer_about_the_zone() {
+        let record = record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1]);
+        for (question, answers, expected) in [
+            ("web.shop.svc.cluster.local", vec![], Ok(Lesson::default())),
+            ("example.com", vec![record.clone()], Ok(Lesson::default())),
+            ("web.shop.svc.cluster.local", vec![record], Err(Unparsed { in_zone: true })),
+        ] {
+            let mut m = message(question, &answers, &[]);
+            m[2] |= 0x28;
+            assert_eq!(lesson(&m, &zone()), expected);
+        }
     }
 
     #[test]
