@@ -263,6 +263,7 @@ fn settled(lab: &Lab) {
 }
 
 fn audit_and_strict(lab: &Lab) {
+    lab.end_connections();
     let launched = WITH_AGENT.map(|pod| launch(lab, pod, "audit"));
     settled(lab);
     let audited = flows(lab, 20_000);

@@ -299,6 +299,14 @@ impl Lab {
         }
     }
 
+    /// Ends what earlier cases left of their connections: the kernel goes on closing those after their sockets are gone.
+    pub fn end_connections(&self) {
+        for pod in self.pods.values() {
+            let ran = pod.enter(|| run(Command::new("ss").args(["-K", "-t"]), Duration::from_secs(5)));
+            assert!(ran.code == 0, "ss -K: {}", ran.err);
+        }
+    }
+
     /// Sets the leak detector to zero.
     pub fn reset_leaks(&self) {
         let ran = self.script(&["leaks", "--reset"], &[], Duration::from_secs(20));
