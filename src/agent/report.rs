@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::control::{
     FlowReport, FlowState, FromAgent, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX,
-    Report, Rung,
+    Report, Rung, Totals,
 };
 use super::netlink::Netlink;
 use super::tun;
@@ -50,10 +50,7 @@ pub(super) fn make<'a>(
     let clear = if ladder.is_some() { clear() } else { Vec::new() };
     let report = Report {
         generation,
-        sealed: counters.sealed,
-        opened: counters.opened,
-        dns_forwarded: counters.dns_forwarded + counters.dns_connections,
-        unpinned: counters.unpinned,
+        totals: Totals::new(counters, engine.waiting()),
         drops,
         flows: engine.flow_count() as u64,
         clear: clear.len() as u64,

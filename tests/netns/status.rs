@@ -60,6 +60,16 @@ fn count(json: &Value, name: &str) -> u64 {
     json["counters"][name].as_u64().unwrap_or_else(|| panic!("no count {name} in {json:#}"))
 }
 
+/// What came in, and all that can have become of it.
+const SUMS: [(&str, &[&str]); 3] = [
+    (
+        "captured",
+        &["sealed", "hairpinned", "dnsForwarded", "dnsSegments", "outboundDropped", "outboundWaiting"],
+    ),
+    ("received", &["control", "opened", "inboundDropped", "inboundWaiting"]),
+    ("answers", &["answered", "answersDropped", "answersWaiting"]),
+];
+
 fn counts_every_packet(lab: &Lab) {
     let (client, server) = ("shop-client", "shop-web2");
     let to = lab.pod(server).v4.into();
@@ -83,6 +93,12 @@ fn counts_every_packet(lab: &Lab) {
     for (pod, counter) in [(0, "sealed"), (1, "opened")] {
         let risen = risen(pod, counter);
         assert!((BURST..BURST + 100).contains(&risen), "{counter} rose by {risen} of {BURST}");
+    }
+    for json in &after {
+        for (came, ended) in SUMS {
+            let sum = ended.iter().map(|name| count(json, name)).sum::<u64>();
+            assert_eq!(count(json, came), sum, "promise 12: {came} is not {ended:?} in {json:#}");
+        }
     }
     let json = &after[0];
     assert_eq!((&json["kind"], &json["project"]), (&"PodStatus".into(), &PROJECT.into()));

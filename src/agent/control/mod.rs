@@ -41,7 +41,7 @@ pub use messages::{
 };
 pub use report::{
     FlowReport, FlowState, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX, Report,
-    Rung,
+    Rung, Totals,
 };
 
 /// Largest encoded message, in bytes. Four fit the kernel's default socket buffer.

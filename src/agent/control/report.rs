@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::proto::account::{Counters, Waiting};
 use crate::proto::ladder::Standing;
 use crate::proto::nat::Tuple;
 
@@ -35,16 +36,10 @@ const LINE_MAX: usize = 256;
 pub struct Report {
     /// The directory that was committed last; none before the first.
     pub generation: Option<u64>,
-    /// Packets sealed and handed to the network.
-    pub sealed: u64,
-    /// Packets opened and handed to the pod's stack.
-    pub opened: u64,
-    /// DNS queries forwarded.
-    pub dns_forwarded: u64,
+    /// What came in, and what became of it.
+    pub totals: Totals,
     /// Packets dropped, by reason; reasons that did not occur are left out.
     pub drops: Vec<(String, u64)>,
-    /// Flows that did not keep their path.
-    pub unpinned: u64,
     /// Flows in the table.
     pub flows: u64,
     /// Flows that stay in clear.
@@ -63,6 +58,56 @@ pub struct Report {
     pub tampering: Vec<(String, u64)>,
     /// Foreign changes that could not be undone: as long as there is one, the pod does not count as protected.
     pub standing: Vec<String>,
+}
+
+/// The sums of [`crate::proto::account`], whose words these are: what came in equals what became of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[expect(missing_docs, reason = "the words are those of the accounting, which documents them")]
+pub struct Totals {
+    pub captured: u64,
+    pub sealed: u64,
+    pub hairpinned: u64,
+    pub dns_forwarded: u64,
+    pub dns_segments: u64,
+    pub outbound_dropped: u64,
+    pub outbound_waiting: u64,
+    pub received: u64,
+    pub control: u64,
+    pub opened: u64,
+    pub inbound_dropped: u64,
+    pub inbound_waiting: u64,
+    pub answers: u64,
+    pub answered: u64,
+    pub answers_dropped: u64,
+    pub answers_waiting: u64,
+    pub dns_connections: u64,
+    pub unpinned: u64,
+}
+
+impl Totals {
+    pub(crate) fn new(counters: &Counters, waiting: Waiting) -> Self {
+        Self {
+            captured: counters.captured,
+            sealed: counters.sealed,
+            hairpinned: counters.hairpinned,
+            dns_forwarded: counters.dns_forwarded,
+            dns_segments: counters.dns_segments,
+            outbound_dropped: counters.outbound_drops.total(),
+            outbound_waiting: waiting.outbound,
+            received: counters.received,
+            control: counters.control,
+            opened: counters.opened,
+            inbound_dropped: counters.inbound_drops.total(),
+            inbound_waiting: waiting.inbound,
+            answers: counters.answers,
+            answered: counters.answered,
+            answers_dropped: counters.answer_drops.total(),
+            answers_waiting: waiting.answers,
+            dns_connections: counters.dns_connections,
+            unpinned: counters.unpinned,
+        }
+    }
 }
 
 /// One peer.
@@ -174,10 +219,26 @@ mod tests {
             peers: vec![peer; REPORTED_PEERS_MAX],
             vips: vec![(address, true); REPORTED_VIPS_MAX],
             standing: vec!["x".repeat(LINE_MAX); STANDING_MAX],
-            sealed: u64::MAX,
-            opened: u64::MAX,
-            dns_forwarded: u64::MAX,
-            unpinned: u64::MAX,
+            totals: Totals {
+                captured: u64::MAX,
+                sealed: u64::MAX,
+                hairpinned: u64::MAX,
+                dns_forwarded: u64::MAX,
+                dns_segments: u64::MAX,
+                outbound_dropped: u64::MAX,
+                outbound_waiting: u64::MAX,
+                received: u64::MAX,
+                control: u64::MAX,
+                opened: u64::MAX,
+                inbound_dropped: u64::MAX,
+                inbound_waiting: u64::MAX,
+                answers: u64::MAX,
+                answered: u64::MAX,
+                answers_dropped: u64::MAX,
+                answers_waiting: u64::MAX,
+                dns_connections: u64::MAX,
+                unpinned: u64::MAX,
+            },
             flows: u64::MAX,
             clear: u64::MAX,
             peers_total: u64::MAX,

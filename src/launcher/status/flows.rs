@@ -1,18 +1,19 @@
 //! Flows in the document: what strict mode would drop, and what becomes of each flow.
 //!
-//! 1. the guard's records are what strict mode would drop; the newest [`RECORDS_MAX`] are named, the rest counted
+//! 1. the guard's records are what strict mode would drop, but for what strict mode would have sealed; the newest
+//!    [`RECORDS_MAX`] are named, the rest counted
 //! 2. the agent knows its table and the flows that stay in clear; what the guard recorded besides is carried by the platform
 //! 3. a flow that is known twice counts as what it was last; one that stays in clear is that, however new its record is
 //!
 //! A record is one direction, a flow both: it is named from the pod's side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::agent::control::{FlowReport, FlowState, Report};
-use crate::launcher::guard::WouldDrop as Record;
+use crate::launcher::guard::{Reason, WouldDrop as Record};
 use crate::proto::ladder::Standing;
 use crate::proto::nat::Tuple;
 
@@ -71,13 +72,17 @@ pub struct Flow {
     pub idle_seconds: Option<u64>,
 }
 
-/// The records, newest first. `standings`: how each peer and VIP stands on the ladder.
+/// The records, newest first. `standings`: how each peer and VIP stands on the ladder; `passed`: the peers that can seal
+/// and are not captured all the same. Strict mode would capture them: only frames of packet sockets would be dropped.
 pub(super) fn would_drops(
     records: &[Record],
     standings: &BTreeMap<IpAddr, Standing>,
+    passed: &BTreeSet<IpAddr>,
     own: &[IpAddr],
 ) -> WouldDrops {
-    let mut newest: Vec<_> = records.iter().collect();
+    let sealed =
+        |record: &Record| record.reason != Reason::Egress && passed.contains(&tuple(record, own).remote.0);
+    let mut newest: Vec<_> = records.iter().filter(|record| !sealed(record)).collect();
     newest.sort_by_key(|record| record.idle_s);
     let left_out = newest.len().saturating_sub(RECORDS_MAX) as u64;
     let item = |record: &Record| WouldDrop {
@@ -182,10 +187,24 @@ mod tests {
         assert_eq!((flow.local, flow.local_port, flow.remote), (OWN[0], Some(4_000), peer(2)));
         assert_eq!((flow.state, flow.idle_seconds), (FlowState::Passed, Some(5)));
         let standings = [(peer(2), Standing::Unable)].into();
-        let would = would_drops(&records, &standings, &OWN);
+        let would = would_drops(&records, &standings, &BTreeSet::new(), &OWN);
         let told: Vec<_> = would.items.iter().map(|item| (item.reason.as_str(), item.standing)).collect();
         let unable = Some(Standing::Unable);
         assert_eq!(told, [("inbound", unable), ("outbound_postrouting", unable)], "newest first");
+    }
+
+    #[test]
+    fn what_strict_mode_would_seal_is_none_that_it_would_drop() {
+        let (here, there, other) = ((OWN[0], 4_000), (peer(2), 80), (peer(3), 80));
+        let records = [
+            record(Reason::Outbound, here, there, 1),
+            record(Reason::Inbound, there, here, 2),
+            record(Reason::Egress, here, there, 3),
+            record(Reason::Outbound, here, other, 4),
+        ];
+        let would = would_drops(&records, &BTreeMap::new(), &[peer(2)].into(), &OWN);
+        let told: Vec<_> = would.items.iter().map(|item| item.idle_seconds).collect();
+        assert_eq!(told, [3, 4], "a packet socket is no way into the tunnel");
     }
 
     #[test]
@@ -220,7 +239,7 @@ mod tests {
         let records: Vec<_> = (0..u16::try_from(RECORDS_MAX).unwrap() + 10)
             .map(|n| record(Reason::Outbound, (OWN[0], n), (peer(1), 80), u64::from(n)))
             .collect();
-        let would = would_drops(&records, &BTreeMap::new(), &OWN);
+        let would = would_drops(&records, &BTreeMap::new(), &BTreeSet::new(), &OWN);
         assert_eq!((would.items.len(), would.left_out), (RECORDS_MAX, 10));
         assert_eq!(would.items.last().unwrap().idle_seconds, RECORDS_MAX as u64 - 1);
         let states = flow_states(&[], &Report::default(), &records, &OWN);

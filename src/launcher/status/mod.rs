@@ -20,8 +20,10 @@
 //! | `agent.replaced` | agents that ended unasked, or were killed because they were frozen, since the launcher started |
 //! | `agent.lastEnd` | how the last of them ended; null: none did |
 //! | `generation` | number of the directory's state that the agent works by; null without an agent |
-//! | `counters.sealed`, `.opened` | packets sealed for peers, opened from peers |
-//! | `counters.dnsForwarded` | DNS queries forwarded |
+//! | `counters.captured` | packets of the pod: each is one of `.sealed` (for a peer), `.hairpinned` (back to the pod, through a VIP), `.dnsForwarded` (a query), `.dnsSegments` (of DNS over TCP), `.outboundDropped`, `.outboundWaiting` |
+//! | `counters.received` | datagrams from the network: each is one of `.control` (handshakes, keepalives), `.opened` (for the pod), `.inboundDropped`, `.inboundWaiting` |
+//! | `counters.answers` | what resolvers and the agent say to the pod: each is one of `.answered`, `.answersDropped`, `.answersWaiting` |
+//! | `counters.dnsConnections` | connections to resolvers |
 //! | `counters.unpinned` | flows that did not keep their path when their address was captured or passed |
 //! | `counters.drops` | packets dropped by the agent, by reason; reasons that did not occur are absent. `queue_overflow` and `receive_overflow` are the kernel's: no room in `tenc0`, in a tunnel socket |
 //! | `guard` | packets counted by the guard's named counters; null where they cannot be read |
@@ -40,8 +42,8 @@
 //! A flow is `protected`; `passed`: the platform carries it in clear; `clear`: it began in clear and stays there, though its
 //! address is captured by now; `blocked`: its peer does not answer, and nothing of it leaves.
 //!
-//! A reason is the counter that strict mode would count it with. The agent of an `able` peer that is not `captured` would
-//! be spoken to through the tunnel in strict mode, though what is recorded to it now would be dropped as it is.
+//! A reason is the counter that strict mode would count it with. What passes between the pod and an `able` peer that is not
+//! `captured` is none of it, though it is in clear: strict mode would seal it.
 //!
 //! `counters`, `peers`, `vips`, `flows` and `flowStates` are null where no agent answered. Counters live as long as the pod is protected, whoever
 //! is its agent; `agent.replaced` lives as long as the launcher.
@@ -52,7 +54,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::flows::{Flow, FlowStates, WouldDrop, WouldDrops};
-use crate::agent::control::{FlowReport, Report};
+use crate::agent::control::{FlowReport, Report, Totals};
 use crate::launcher::guard;
 use crate::proto::ladder::{Mode, Standing};
 
@@ -152,10 +154,8 @@ pub struct AgentStatus {
 #[serde(rename_all = "camelCase")]
 #[expect(missing_docs, reason = "the module documents the fields one by one")]
 pub struct Counters {
-    pub sealed: u64,
-    pub opened: u64,
-    pub dns_forwarded: u64,
-    pub unpinned: u64,
+    #[serde(flatten)]
+    pub totals: Totals,
     pub drops: BTreeMap<String, u64>,
 }
 
@@ -237,13 +237,10 @@ impl PodStatus {
             Some(flows::flow_states(&reported, &report, records.unwrap_or_default(), &self.addresses));
         let Report {
             generation,
-            unpinned,
+            totals,
             clear: _,
             vips,
             vips_total,
-            sealed,
-            opened,
-            dns_forwarded,
             drops,
             flows,
             peers,
@@ -259,8 +256,7 @@ impl PodStatus {
         self.state = state;
         self.reason = reason;
         self.generation = generation;
-        self.counters =
-            Some(Counters { sealed, opened, dns_forwarded, unpinned, drops: drops.into_iter().collect() });
+        self.counters = Some(Counters { totals, drops: drops.into_iter().collect() });
         self.tampering = tampering.into_iter().collect();
         self.standing = standing;
         let items = peers
@@ -293,7 +289,11 @@ impl PodStatus {
         let peers = peers.filter_map(|peer| Some((peer.address, peer.standing?)));
         let vips = self.vips.iter().flat_map(|vips| &vips.items).map(|vip| (vip.address, vip.standing));
         let standings = peers.chain(vips).collect();
-        self.would_drop = Some(flows::would_drops(records, &standings, &self.addresses));
+        let items = self.peers.iter().flat_map(|peers| &peers.items);
+        let passed =
+            items.filter(|peer| peer.standing == Some(Standing::Able) && peer.captured == Some(false));
+        let passed = passed.map(|peer| peer.address).collect();
+        self.would_drop = Some(flows::would_drops(records, &standings, &passed, &self.addresses));
     }
 
     /// The document, for people too.
@@ -332,10 +332,7 @@ mod tests {
     pub(super) fn report() -> Report {
         Report {
             generation: Some(4),
-            sealed: 10,
-            opened: 20,
-            dns_forwarded: 3,
-            unpinned: 2,
+            totals: Totals { sealed: 10, opened: 20, dns_forwarded: 3, unpinned: 2, ..Totals::default() },
             drops: vec![("bad_tag".to_owned(), 2), ("queue_overflow".to_owned(), 5)],
             flows: 6,
             clear: 0,

@@ -239,7 +239,7 @@ mod tests {
         for asked in [first, second] {
             let status = written(&server, Some(asked)).await;
             assert_eq!((status.state, status.reason), (State::Protected, None));
-            assert_eq!(status.counters.unwrap().sealed, 10);
+            assert_eq!(status.counters.unwrap().totals.sealed, 10);
             assert_eq!(status.flow_states.unwrap().items.len(), 1);
         }
         assert!(server.flows.is_empty(), "flows of one answer are not those of the next");
