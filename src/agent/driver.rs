@@ -1,7 +1,8 @@
 //! The event loop: the one thread that owns the engine. Reads descriptors into it, writes out what it polls; no decisions.
 //!
 //! 1. wait until a descriptor is readable, or the engine's next timer
-//! 2. hand over what arrived, a bounded number of bursts per descriptor and turn
+//! 2. hand over what arrived, a bounded amount per descriptor and turn; of what the pod sent the engine then deals with a
+//!    bounded amount, so that both directions get their turns
 //! 3. let the engine do one step of what is due: timers, and an update of the directory that is under way
 //! 4. poll the engine until nothing is left: batches to the control thread, queries, datagrams, packets for the pod
 //!
@@ -44,6 +45,8 @@ use crate::wire::vnet::VNET_HEADER_LEN;
 
 /// Bursts taken from one descriptor before the others get their turn.
 const TURN: usize = 64;
+/// Bytes, too, in each direction: a third of a millisecond's work of the slower suite.
+const TURN_BYTES: usize = 1 << 18;
 /// DNS connections taken per turn: each opens another one.
 const ACCEPTED: usize = 8;
 /// A datagram or packet that the kernel has no room for waits this long before it is dropped.
@@ -240,10 +243,11 @@ impl Driver {
             for event in &events[..count] {
                 let Some(source) = self.sources.get(event.data()) else { continue };
                 if let Some(end) = self.handle(source, event.data(), now)? {
-                    return Ok(end);
+                    return self.finish(end, now);
                 }
                 self.drain()?;
             }
+            self.handle_captured(TURN_BYTES, now)?;
             if self.engine.poll_timeout().is_some_and(|at| at <= now.instant) {
                 self.engine.handle_timeout(now);
                 self.note_committed();
@@ -256,8 +260,8 @@ impl Driver {
             }
             self.drain()?;
             self.report_ready()?;
-            if let Some(end) = self.end_if_due(now.instant)? {
-                return Ok(end);
+            if let Some(end) = self.end_if_due(now.instant) {
+                return self.finish(end, now);
             }
         }
     }
@@ -265,6 +269,9 @@ impl Driver {
     /// Waits for events or the next timer: awake for a moment where that has paid lately, then asleep.
     fn wait(&mut self, events: &mut [EpollEvent]) -> nix::Result<usize> {
         let epoll = &self.sources.epoll;
+        if self.engine.has_captured() {
+            return epoll.wait(events, EpollTimeout::ZERO);
+        }
         let timeout = self.timeout();
         if !self.kernel.spin.is_on() {
             return epoll.wait(events, timeout);
@@ -285,18 +292,24 @@ impl Driver {
         Ok(count)
     }
 
-    fn end_if_due(&mut self, now: Instant) -> anyhow::Result<Option<End>> {
+    /// What was read already goes its way first.
+    fn finish(&mut self, end: End, now: Now) -> anyhow::Result<End> {
+        if matches!(end, End::Stop | End::HandOver) {
+            self.handle_captured(usize::MAX, now)?;
+            self.drain()?;
+        }
+        Ok(end)
+    }
+
+    fn end_if_due(&mut self, now: Instant) -> Option<End> {
         if self.look_at.is_some_and(|at| at <= now) {
             self.look_at = Some(now + PRESENCE_CHECK);
             self.kernel.state.write_counters(self.engine.counters());
             if self.session.presence.is_gone() {
-                return Ok(Some(End::NamespaceGone));
+                return Some(End::NamespaceGone);
             }
         }
-        if self.hand_over_by.is_some_and(|by| by <= now || self.is_dns_idle()) {
-            return Ok(Some(End::HandOver));
-        }
-        Ok(None)
+        self.hand_over_by.is_some_and(|by| by <= now || self.is_dns_idle()).then_some(End::HandOver)
     }
 
     fn timeout(&self) -> EpollTimeout {
@@ -313,7 +326,7 @@ impl Driver {
 
     fn handle(&mut self, source: Source, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         match source {
-            Source::Tun => self.read_tun(now)?,
+            Source::Tun => self.read_tun(now),
             Source::Watch => self.kernel.watch.drain(now.instant),
             Source::Socket(index) => self.read_socket(index, now)?,
             Source::Launchers => self.accept_launcher(token)?,
@@ -337,18 +350,12 @@ impl Driver {
         Ok(None)
     }
 
-    fn read_tun(&mut self, now: Now) -> anyhow::Result<()> {
+    /// Faster than it is dealt with: what the kernel's queue holds, the engine cannot put in order.
+    fn read_tun(&mut self, now: Now) {
         for _ in 0..TURN {
-            match self.kernel.tun.read(self.engine.capture_buffer()) {
-                Ok(len) => {
-                    if self.engine.handle_captured(len, now) == Captured::DnsStream {
-                        self.pass_to_helper(len);
-                    }
-                    // Small packets for one peer share a send.
-                    if self.engine.has_full_train() {
-                        self.drain()?;
-                    }
-                }
+            let Some(buffer) = self.engine.capture_buffer() else { return };
+            match self.kernel.tun.read(buffer) {
+                Ok(len) => self.engine.handle_captured(len),
                 Err(error) if is_transient(&error) => break,
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
                     self.lose_tun(now.instant);
@@ -361,13 +368,31 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Deals with about so many bytes of what was captured.
+    fn handle_captured(&mut self, bytes: usize, now: Now) -> anyhow::Result<()> {
+        let mut left = bytes;
+        while left > 0 {
+            let Some(outcome) = self.engine.poll_captured(now) else { break };
+            if outcome == Captured::DnsStream {
+                self.pass_to_helper();
+            }
+            left = left.saturating_sub(self.engine.captured().len());
+            // Small packets for one peer share a send.
+            if self.engine.has_full_train() {
+                self.drain()?;
+            }
+        }
         Ok(())
     }
 
     fn read_socket(&mut self, index: usize, now: Now) -> anyhow::Result<()> {
-        for _ in 0..TURN {
+        let mut left = TURN_BYTES;
+        while left > 0 {
             match self.kernel.sockets[index].1.recv(self.engine.receive_buffer()) {
                 Ok(received) => {
+                    left = left.saturating_sub(received.len.max(TURN_BYTES / TURN));
                     self.engine.handle_datagrams(received.from, received.len, received.segment, now);
                     self.drain()?;
                 }
@@ -380,11 +405,11 @@ impl Driver {
     }
 
     /// The pod's TCP segments for port 53 end in the helper namespace.
-    fn pass_to_helper(&mut self, len: usize) {
-        let captured = self.engine.captured(len);
+    fn pass_to_helper(&mut self) {
+        let captured = self.engine.captured();
         let helper = self.kernel.helper.as_ref();
         if helper.is_none_or(|(helper, _)| nix::unistd::write(helper, captured).is_err()) {
-            self.engine.count_unpassed(len);
+            self.engine.count_unpassed();
         }
     }
 
@@ -392,10 +417,10 @@ impl Driver {
     fn read_helper(&mut self) {
         for _ in 0..TURN {
             let Some((helper, _)) = &self.kernel.helper else { return };
-            let buffer = self.engine.capture_buffer();
+            let Some(buffer) = self.engine.capture_buffer() else { return };
             let Ok(len) = nix::unistd::read(helper, buffer) else { return };
-            let Some(packets) = self.engine.handle_helper(len) else { continue };
-            if self.kernel.tun.write_vectored(&[IoSlice::new(self.engine.captured(len))]).is_err() {
+            let Some((burst, packets)) = self.engine.handle_helper(len) else { continue };
+            if self.kernel.tun.write_vectored(&[IoSlice::new(burst)]).is_err() {
                 self.engine.count_uninjected(Origin::Agent, packets);
             }
         }

@@ -96,7 +96,7 @@ pub struct Counters {
 /// Packets of each sum that have not ended yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waiting {
-    /// For a session, or for the directory to place them.
+    /// For their turn, for a session, or for the directory to place them.
     pub outbound: u64,
     /// For the directory, or for their peer's route.
     pub inbound: u64,
@@ -205,7 +205,7 @@ impl Engine {
     #[must_use]
     pub fn waiting(&self) -> Waiting {
         Waiting {
-            outbound: self.peers.staged() + self.held.unrouted_packets(),
+            outbound: self.queue.packets() + self.peers.staged() + self.held.unrouted_packets(),
             inbound: self.held.inbound.len() as u64,
             answers: self.dns.held(),
         }
@@ -232,9 +232,9 @@ impl Engine {
         }
     }
 
-    /// The helper namespace refused the DNS segments in the capture buffer.
-    pub fn count_unpassed(&mut self, len: usize) {
-        let packets = packets_of(self.captured(len));
+    /// The helper namespace refused the DNS segments that were dealt with last.
+    pub fn count_unpassed(&mut self) {
+        let packets = packets_of(self.captured());
         refused(&mut self.counters.dns_segments, &mut self.counters.outbound_drops, packets);
     }
 

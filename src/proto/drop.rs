@@ -21,6 +21,8 @@ pub enum DropReason {
     PeerSilent,
     /// The peer left the directory; counts its packets, and the connections that were reset for it.
     PeerGone,
+    /// Of the packets that wait for their turn there were too many, and most of them of its flow.
+    Congested,
     /// A bounded queue for staged or held packets was full.
     QueueFull,
     /// A held packet waited for the directory or a session longer than it may.
@@ -79,7 +81,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -88,6 +90,7 @@ impl DropReason {
         Self::NoEndpoint,
         Self::PeerSilent,
         Self::PeerGone,
+        Self::Congested,
         Self::QueueFull,
         Self::HeldTooLong,
         Self::FlowTableFull,
@@ -129,6 +132,7 @@ impl DropReason {
             Self::NoEndpoint => "no_endpoint",
             Self::PeerSilent => "peer_silent",
             Self::PeerGone => "peer_gone",
+            Self::Congested => "congested",
             Self::QueueFull => "queue_full",
             Self::HeldTooLong => "held_too_long",
             Self::FlowTableFull => "flow_table_full",

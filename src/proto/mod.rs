@@ -44,6 +44,7 @@ pub mod nat;
 pub mod noise;
 pub mod outbound;
 pub mod peers;
+mod queue;
 pub mod routing;
 #[cfg(test)]
 mod tests;
@@ -60,6 +61,7 @@ use nat::Flows;
 use noise::{Identity, Transport};
 use outbound::FragmentTable;
 use peers::{Peers, Transmit, Transmits};
+use queue::CaptureQueue;
 use routing::{Batch, BatchId, Routing};
 use update::Update;
 
@@ -110,7 +112,7 @@ pub struct Config {
 pub enum Captured {
     /// Taken care of.
     Done,
-    /// DNS over TCP: the driver passes the capture buffer on to the helper namespace, as it is.
+    /// DNS over TCP: the driver passes [`Engine::captured`] on to the helper namespace, as it is.
     DnsStream,
 }
 
@@ -155,7 +157,7 @@ pub struct Engine {
     link_mtu: u32,
     balance_seed: [u8; 16],
     rng: ChaCha20Rng,
-    capture: Vec<u8>,
+    queue: CaptureQueue,
     receive: Vec<u8>,
     dns: Dns,
     directory: Directory,
@@ -194,7 +196,7 @@ impl Engine {
                 own.push(identity.address);
             }
         }
-        let (flow_seed, peer_seed) = (rng.next_u64(), rng.next_u64());
+        let (flow_seed, peer_seed, queue_seed) = (rng.next_u64(), rng.next_u64(), rng.next_u64());
         let mut coalescer = Coalescer::new();
         coalescer.merge_udp(config.coalesce_udp);
         let transport = Transport::new(config.identities, config.options, ChaCha20Rng::from_rng(&mut rng));
@@ -202,7 +204,7 @@ impl Engine {
             port: config.port,
             link_mtu: config.link_mtu,
             balance_seed: config.balance_seed,
-            capture: vec![0; BUFFER_LEN],
+            queue: CaptureQueue::new(queue_seed),
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),

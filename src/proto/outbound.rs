@@ -1,6 +1,7 @@
 //! Outbound path: a packet from the pod becomes sealed datagrams for the peer's agent.
 //!
-//! 1. `agent::tun` hands over a burst from `tenc0`: one packet, or a super-packet that is cut here
+//! 1. `agent::tun` hands over a burst from `tenc0`: one packet, or a super-packet that is cut below; it waits for the turn of
+//!    its flow (`proto::queue`)
 //! 2. DNS to a captured resolver goes to `proto::dns`
 //! 3. the flow table (or, for a new flow to a VIP, the balancer) names the peer
 //! 4. answers to flows that came through a VIP get the VIP back as their source
@@ -41,45 +42,57 @@ pub(super) enum Route {
 }
 
 impl Engine {
-    /// Where the driver reads the next burst of `tenc0` into, vnet header first.
-    pub fn capture_buffer(&mut self) -> &mut [u8] {
-        &mut self.capture
+    /// Where the driver reads the next burst of `tenc0` into, vnet header first; `None` while too much waits.
+    pub fn capture_buffer(&mut self) -> Option<&mut [u8]> {
+        self.queue.room()
     }
 
-    /// What the driver read; the counterpart of [`Self::capture_buffer`] for passing it on.
+    /// A burst of `len` bytes stands in the capture buffer: it waits for its turn.
+    pub fn handle_captured(&mut self, len: usize) {
+        self.counters.captured += self.queue.push(len);
+        while let Some(packets) = self.queue.shed() {
+            self.counters.outbound_drops.add(DropReason::Congested, packets);
+        }
+    }
+
+    /// Whether captured packets wait for their turn.
     #[must_use]
-    pub fn captured(&self, len: usize) -> &[u8] {
-        &self.capture[..len]
+    pub fn has_captured(&self) -> bool {
+        !self.queue.is_empty()
     }
 
-    /// A burst of `len` bytes stands in the capture buffer.
-    pub fn handle_captured(&mut self, len: usize, now: Now) -> Captured {
-        let mut buffer = std::mem::take(&mut self.capture);
-        let burst = buffer.get_mut(..len).unwrap_or_default();
-        let packets = packets_of(burst);
-        self.counters.captured += packets;
-        let outcome = self.capture_burst(burst, packets, None, now);
-        self.capture = buffer;
+    /// Deals with the next burst.
+    pub fn poll_captured(&mut self, now: Now) -> Option<Captured> {
+        let packets = self.queue.take()?;
+        let (mut chunk, range) = self.queue.lend()?;
+        let outcome = self.capture_burst(&mut chunk[range], packets, None, now);
+        self.queue.give_back(chunk);
         self.settle(now);
         match outcome {
             Ok(Captured::Done) => {}
             Ok(Captured::DnsStream) => self.counters.dns_segments += packets,
             Err(reason) => self.counters.outbound_drops.add(reason, packets),
         }
-        outcome.unwrap_or(Captured::Done)
+        Some(outcome.unwrap_or(Captured::Done))
+    }
+
+    /// The burst that was dealt with last, for passing it on.
+    #[must_use]
+    pub fn captured(&self) -> &[u8] {
+        self.queue.taken()
     }
 
     /// The `len` bytes in the capture buffer came from the helper namespace. What a resolver's TCP would say to this pod
     /// is to be passed on, and counts as that many packets; `None`: dropped.
-    pub fn handle_helper(&mut self, len: usize) -> Option<u64> {
-        let burst = self.capture.get(..len).unwrap_or_default();
+    pub fn handle_helper(&mut self, len: usize) -> Option<(&[u8], u64)> {
+        let burst = self.queue.peek(len);
         let packets = packets_of(burst);
         let checked = self.check_helper(burst);
         self.counters.answers += packets;
         match checked {
             Ok(()) => {
                 self.counters.answered += packets;
-                Some(packets)
+                Some((self.queue.peek(len), packets))
             }
             Err(reason) => {
                 self.counters.answer_drops.add(reason, packets);

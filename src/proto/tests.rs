@@ -148,9 +148,11 @@ impl Network {
     fn hand_over(&mut self, node: usize, vnet: VnetHeader, packet: &[u8]) {
         let engine = &mut self.nodes[node].engine;
         let len = VNET_HEADER_LEN + packet.len();
-        engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&vnet.encode());
-        engine.capture_buffer()[VNET_HEADER_LEN..len].copy_from_slice(packet);
-        engine.handle_captured(len, self.now);
+        let buffer = engine.capture_buffer().unwrap();
+        buffer[..VNET_HEADER_LEN].copy_from_slice(&vnet.encode());
+        buffer[VNET_HEADER_LEN..len].copy_from_slice(packet);
+        engine.handle_captured(len);
+        engine.poll_captured(self.now).unwrap();
     }
 
     fn advance(&mut self, duration: Duration) {
@@ -600,15 +602,12 @@ fn small_packets_for_one_peer_share_a_send_and_arrive_in_order() {
     let mut network = Network::project();
     network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"opens the session"));
     network.inbox(1);
-    let engine = &mut network.nodes[0].engine;
     for n in 0..80u8 {
         // The 70th is shorter: it ends its train.
         let packet = udp((CLIENT[0], 4000), (SERVER[0], 8080), &vec![n; if n == 70 { 20 } else { 500 }]);
-        let len = VNET_HEADER_LEN + packet.len();
-        engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&VnetHeader::PLAIN.encode());
-        engine.capture_buffer()[VNET_HEADER_LEN..len].copy_from_slice(&packet);
-        engine.handle_captured(len, network.now);
+        network.hand_over(0, VnetHeader::PLAIN, &packet);
     }
+    let engine = &mut network.nodes[0].engine;
     let mut sends = Vec::new();
     while let Some(t) = engine.poll_transmit() {
         sends.push((t.to, t.bytes.to_vec(), t.segment));

@@ -385,8 +385,9 @@ impl World {
         let refuses = self.refuses[node];
         let engine = &mut self.network.nodes[node].engine;
         let (before, length) = (engine.counters().captured, burst.len());
-        engine.capture_buffer()[..length].copy_from_slice(burst);
-        let outcome = engine.handle_captured(length, now);
+        engine.capture_buffer().unwrap()[..length].copy_from_slice(burst);
+        engine.handle_captured(length);
+        let outcome = engine.poll_captured(now).unwrap();
         let counted = engine.counters().captured - before;
         // Nobody but the engine can say what a damaged super-packet counts as.
         assert!(
@@ -396,7 +397,7 @@ impl World {
         self.seen[node].captured += counted;
         if outcome == Captured::DnsStream {
             if refuses {
-                engine.count_unpassed(length);
+                engine.count_unpassed();
                 self.seen[node].refused += counted;
             } else {
                 self.seen[node].segments += counted;
@@ -455,8 +456,11 @@ impl World {
         let burst = [&vnet.encode()[..], &packet].concat();
         let refuses = self.refuses[node];
         let engine = self.engine(node);
-        engine.capture_buffer()[..burst.len()].copy_from_slice(&burst);
-        let taken = engine.handle_helper(burst.len());
+        engine.capture_buffer().unwrap()[..burst.len()].copy_from_slice(&burst);
+        let taken = engine.handle_helper(burst.len()).map(|(passed, packets)| {
+            assert_eq!(passed, burst);
+            packets
+        });
         assert_eq!(taken, (what < 2).then_some(packets));
         if let (true, Some(packets)) = (refuses, taken) {
             engine.count_uninjected(Origin::Agent, packets);

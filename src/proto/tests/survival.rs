@@ -321,18 +321,13 @@ fn promise_7_what_was_sealed_or_opened_but_not_polled_goes_along_in_a_handover()
     network.inbox(1);
     let now = network.now;
     let packet = udp((CLIENT[0], 4000), (SERVER[0], 8080), b"sealed, not sent");
-    let engine = &mut network.nodes[0].engine;
-    engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&VnetHeader::PLAIN.encode());
-    engine.capture_buffer()[VNET_HEADER_LEN..][..packet.len()].copy_from_slice(&packet);
-    engine.handle_captured(VNET_HEADER_LEN + packet.len(), now);
+    network.hand_over(0, VnetHeader::PLAIN, &packet);
     network.upgrade(0, 1);
     network.run();
     assert_eq!(read(&network.inbox(1)[0]).2, b"sealed, not sent");
 
     let first = udp((CLIENT[0], 4000), (SERVER[0], 8080), b"opened, not injected");
-    network.nodes[0].engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&VnetHeader::PLAIN.encode());
-    network.nodes[0].engine.capture_buffer()[VNET_HEADER_LEN..][..first.len()].copy_from_slice(&first);
-    network.nodes[0].engine.handle_captured(VNET_HEADER_LEN + first.len(), now);
+    network.hand_over(0, VnetHeader::PLAIN, &first);
     let sealed = network.nodes[0].engine.poll_transmit().unwrap().bytes.to_vec();
     let server = &mut network.nodes[1].engine;
     server.receive_buffer()[..sealed.len()].copy_from_slice(&sealed);
@@ -347,12 +342,8 @@ fn promise_7_a_handover_at_any_point_of_a_handshake_loses_no_packet() {
     for steps in 0..6 {
         for upgraded in [&[0][..], &[1], &[0, 1]] {
             let mut network = Network::project();
-            let now = network.now;
             let packet = udp((CLIENT[0], 4000), (SERVER[0], 8080), b"first");
-            let engine = &mut network.nodes[0].engine;
-            engine.capture_buffer()[..VNET_HEADER_LEN].copy_from_slice(&VnetHeader::PLAIN.encode());
-            engine.capture_buffer()[VNET_HEADER_LEN..][..packet.len()].copy_from_slice(&packet);
-            engine.handle_captured(VNET_HEADER_LEN + packet.len(), now);
+            network.hand_over(0, VnetHeader::PLAIN, &packet);
             for _ in 0..steps {
                 network.carry_one();
             }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use crate::Case;
-use crate::lab::{Lab, Ran, external, run, tencrypt};
+use crate::lab::{Agents, Lab, Ran, external, run, tencrypt};
 use crate::lifecycle::StopAtEnd;
 use crate::load::{CLIENT, Load, Size, under_load};
 use crate::packets::{self, CANARY};
@@ -274,6 +274,9 @@ impl Drop for Round<'_> {
 
 /// Runs `f` while the application works and a datagram of it goes to every protected address each millisecond or two.
 fn under_fire(lab: &Lab, f: impl FnOnce(&mut Scene<'_>)) {
+    // What the agents learned from the DNS of earlier cases would come to its end meanwhile, and not be as before.
+    lab.ensure(Agents::Off);
+    lab.ensure(Agents::On(""));
     let world = World::of(lab);
     let canary = under_load(lab, Size::SMALL, |load| {
         let stop = AtomicBool::new(false);
