@@ -65,4 +65,5 @@ if [[ -z ${TENCRYPT:-} ]]; then
 fi
 [[ -x $TENCRYPT ]] || fail "no program at '$TENCRYPT'"
 
-"${as_root[@]}" env "TENCRYPT=$(readlink -f "$TENCRYPT")" "${python[@]}" "$main" --prepared "$prepared" "$@"
+# From here on a signal reaches the program that has to clean up; it removes the file, too.
+exec "${as_root[@]}" env "TENCRYPT=$(readlink -f "$TENCRYPT")" "${python[@]}" "$main" --prepared "$prepared" "$@"

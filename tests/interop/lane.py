@@ -348,13 +348,19 @@ class Lane:
             for title, extra in (("TCP out", ()), ("in", ("-R",)), ("UDP out", ("-u", "-b", "0", "-l", "1300")),
                                  ("in", ("-u", "-b", "0", "-l", "1300", "-R"))):
                 self.go_on()
-                said = json.loads(run(*inside(self.space["pod"], "iperf3", "-c", self.peer, "-p", IPERF, "-t", seconds, "-J", *extra),
-                                      limit=seconds + 30))
+                client = self.spawn("iperf3-client", inside(self.space["pod"], "iperf3", "-c", self.peer, "-p", IPERF, "-t", seconds,
+                                                            "-J", *extra))
+                status = client.wait(seconds + 30)
+                self.go_on()
+                said = json.loads(client.said())
+                if status or "error" in said:
+                    raise Failure(f"{title}: {said.get('error', f'exit status {status}')}")
                 end = said["end"]
                 total = end.get("sum_received") or end["sum"]
-                # UDP is sent as fast as one side can: what the other cannot take is lost, as in clear.
-                received = total["bits_per_second"] * (1 - end["sum"]["lost_percent"] / 100 if "-u" in extra and
-                                                       "sum_received" not in end else 1)
+                received = total["bits_per_second"]
+                if "-u" in extra and "sum_received" not in end:
+                    # What was sent: as fast as one side can. What the other cannot take is lost, as in clear.
+                    received *= 1 - end["sum"]["lost_percent"] / 100
                 if received <= 0:
                     raise Failure(f"{title}: nothing arrived")
                 rates.append(f"{title} {received / 1e9:.2f}")

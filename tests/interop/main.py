@@ -160,6 +160,7 @@ def main(argv):
         signal.signal(number, interrupted)
     with open(args.prepared, encoding="utf-8") as file:
         found = json.load(file)
+    os.unlink(args.prepared)
     try:
         return run(args, found, os.environ["TENCRYPT"])
     except Failure as failure:
