@@ -17,9 +17,11 @@ BUILD_LIMIT = 3600.0
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 # How each is installed: Debian packages, whether the first is taken from backports where that is newer, a Go module (where
-# there is a Go; else the package) or a crate, with version and what to build; the program.
+# there is a Go; else the package, if one is named) or a crate, with version and what to build; the program.
 PEERS = {
     "wireguard-go": {"packages": ["wireguard-go", "wireguard-tools"], "backport": True, "program": "wireguard-go"},
+    "wireguard-go-module": {"packages": [], "program": "wireguard", "module": (
+        "golang.zx2c4.com/wireguard", "v0.0.0-20260522210424-ecfc5a8d5446", [""])},
     "nebula": {"packages": ["nebula"], "program": "nebula", "module": (
         "github.com/slackhq/nebula", "v1.10.3", ["cmd/nebula", "cmd/nebula-cert"])},
     "tinc": {"packages": ["tinc"], "program": "tincd"},
@@ -36,7 +38,13 @@ def install(name, say):
     how = PEERS[name]
     override = os.environ.get(name.upper().replace("-", "_"))
     try:
-        found = module(how, say) if "module" in how and not override else None
+        found = None
+        if "module" in how and not override:
+            found = module(how, say)
+            if not found and not how["packages"]:
+                raise Failure("its module cannot be had, and there is no package")
+            if not found:
+                say(f"{name}: the older package is taken")
         if not found and how["packages"]:
             packages(how["packages"])
         if override:
@@ -110,16 +118,16 @@ def module(how, say):
     if not os.path.exists(program):
         go = shutil.which("go", path=os.environ.get("PATH", "") + ":/usr/local/go/bin")
         if not go:
-            say(f"{how['program']}: no Go to build {version} with: the older package is taken")
+            say(f"{how['program']}: no Go to build {version} with")
             return None
         say(f"{how['program']} {version}: go install, which takes minutes ...")
         os.makedirs(folder, exist_ok=True)
         # In this order the program itself comes last: it is there when everything is.
         for command in reversed(commands):
             try:
-                compile_it([go, "install", f"{name}/{command}@{version}"], folder, {"GOBIN": folder, "CGO_ENABLED": "0"})
+                compile_it([go, "install", f"{name}/{command}".rstrip("/") + f"@{version}"], folder, {"GOBIN": folder, "CGO_ENABLED": "0"})
             except Failure as failure:
-                say(f"{how['program']}: {failure}: the older package is taken")
+                say(f"{how['program']}: {failure}")
                 return None
     return {"program": program, "version": f"module {name} {version}"}
 

@@ -207,7 +207,7 @@ fn noise(lab: &Lab) {
                 // A full buffer loses some: fine.
                 let _ = socket.send_to(&datagram, (*to, TUNNEL_PORT));
             }
-            for size in [1_392, 1_400, 9_000, 60_000] {
+            for size in [1_392, 1_400, 9_000, 60_000, 65_507] {
                 let _ = socket.send_to(&bytes(7, size), (*to, TUNNEL_PORT));
             }
         }

@@ -100,4 +100,5 @@ def main() -> None:
     }, indent=1))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ pub(super) struct Peer {
     mac1: Mac1Key,
     /// Which of our static keys it is spoken to with; none if we have no address of its family.
     local: Option<usize>,
-    /// Where to send. The peer's own address, unless roaming is on.
+    /// Where to send. The peer's own address; with roaming, where the newest fresh data message came from.
     pub(super) endpoint: SocketAddr,
     pub(super) keypairs: Keypairs,
     initiation: Option<Box<Initiation>>,
@@ -268,7 +268,6 @@ impl Peer {
         }
         self.greatest_stamp = Some(consumed.stamp);
         self.last_consumed = Some(now.instant);
-        self.endpoint = from;
         self.timers.clear(Timer::NoReply);
         // Two initiations crossed: both sides prefer the one of the greater address. The other side still answers, so a
         // peer that does not know this rule is not left waiting for more than one retry.
@@ -289,7 +288,9 @@ impl Peer {
         let fallen = self.keypairs.install_next(session);
         shared.retire(fallen);
         self.plan_expiry(shared);
-        shared.transmits.push_back((self.endpoint, message.to_vec()));
+        // The endpoint stays: whoever was faster with a copy of the initiation could lead us away. The first message of the
+        // session moves it.
+        shared.transmits.push_back((from, message.to_vec()));
         self.reschedule(shared);
         Ok(())
     }
@@ -311,7 +312,6 @@ impl Peer {
         let keys = initiation.state.finish(message)?;
         // From here on the session owns the index, and the initiation is gone: the response cannot count twice.
         self.initiation = None;
-        self.endpoint = from;
         let session = self.session(&keys, index, Role::Initiator, shared, now);
         let fallen = self.keypairs.install_current(session);
         shared.retire(fallen);

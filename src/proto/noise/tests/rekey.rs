@@ -78,6 +78,49 @@ fn rekey_loses_no_packet() {
 }
 
 #[test]
+fn at_every_step_of_a_rekey_each_side_opens_what_the_other_seals() {
+    let mut pair = Pair::established(&quick());
+    let exchange = |pair: &mut Pair| {
+        for side in [A, B] {
+            let record = pair.seal(side, b"heard").unwrap();
+            pair.deliver(1 - side, &record).unwrap();
+        }
+    };
+    pair.run(secs(3));
+    exchange(&mut pair);
+    let initiation = pair.intercept();
+    pair.deliver(B, &initiation.bytes).unwrap();
+    // The response is under way: B must hear the new keys from the moment on that A could have them.
+    let response = pair.intercept();
+    assert_eq!((initiation.bytes[0], response.bytes[0]), (1, 2));
+    exchange(&mut pair);
+    pair.deliver(A, &response.bytes).unwrap();
+    let old = pair.seal(B, b"sealed before B knows").unwrap();
+    exchange(&mut pair);
+    pair.deliver(A, &old).unwrap();
+    exchange(&mut pair);
+    assert!(pair.sides.iter().all(|side| side.drops.is_empty()));
+}
+
+#[test]
+fn promise_4_sessions_share_no_key_whatever_their_pair_or_direction() {
+    let mut pair = Pair::new(&Options::default());
+    let mut keys = std::collections::BTreeSet::new();
+    for _ in 0..3 {
+        pair.begin(A);
+        pair.run(secs(1));
+        let now = pair.now;
+        let [a, b] = pair.sides.each_mut().map(|side| {
+            let session = side.transport.export(side.peer, now).unwrap().current.unwrap();
+            (session.sealing.0, session.opening.0)
+        });
+        assert_eq!((a.0, a.1), (b.1, b.0));
+        keys.extend([a.0, a.1]);
+    }
+    assert_eq!(keys.len(), 6);
+}
+
+#[test]
 fn rekey_whose_messages_are_lost_loses_no_packet() {
     let mut pair = Pair::established(&quick());
     for lost in 0..6 {

@@ -153,3 +153,35 @@ fn roaming_peer_is_followed_by_authentic_messages_only() {
     let (id, now) = (pair.sides[B].peer, pair.now);
     assert_eq!(pair.sides[B].transport.seal(id, now).unwrap().endpoint(), elsewhere);
 }
+
+#[test]
+fn roaming_peer_is_not_followed_by_a_handshake_that_may_be_a_copy() {
+    let elsewhere = "192.0.2.7:4000".parse().unwrap();
+    let mut pair = Pair::new(&Options { roaming: true, ..Options::default() });
+    let (ids, now) = (pair.sides.each_ref().map(|side| side.peer), pair.now);
+    pair.begin(A);
+    let mut initiation = pair.intercept().bytes;
+    let b = &mut pair.sides[B].transport;
+    assert_eq!(b.handle(elsewhere, &mut initiation, now), Ok(Received::Handshake));
+    let (to, mut response) = b.poll_transmit().unwrap();
+    assert_eq!(to, elsewhere, "who really moved needs the answer");
+    b.probe(ids[B], now);
+    assert_eq!(b.poll_transmit().unwrap().0, address(A));
+    let a = &mut pair.sides[A].transport;
+    assert_eq!(a.handle(elsewhere, &mut response, now), Ok(Received::Handshake));
+    assert_eq!(a.seal(ids[A], now).unwrap().endpoint(), address(B));
+    let first = pair.seal(A, b"first").unwrap();
+    pair.deliver_from(B, elsewhere, &first).unwrap();
+    assert_eq!(pair.sides[B].transport.seal(ids[B], now).unwrap().endpoint(), elsewhere);
+}
+
+#[test]
+fn message_sent_back_to_its_sender_is_not_opened() {
+    let mut pair = Pair::established(&Options::default());
+    let from_b = pair.seal(B, b"from b").unwrap();
+    let mut reflected = pair.seal(A, b"from a").unwrap();
+    assert_eq!(pair.deliver(A, &reflected), Err(DropReason::IndexUnknown));
+    reflected[4..8].copy_from_slice(&from_b[4..8]);
+    assert_eq!(pair.deliver(A, &reflected), Err(DropReason::BadTag));
+    pair.deliver(A, &from_b).unwrap();
+}
