@@ -7,5 +7,6 @@ pub mod exec;
 pub mod fd;
 pub mod netns;
 pub mod packet;
+pub mod sched;
 pub mod tun;
 pub mod udp;
