@@ -2,7 +2,9 @@
 
 mod handshake;
 mod hostile;
+mod noise_framework;
 mod pair;
 mod rekey;
 mod traffic;
 mod vectors;
+mod wycheproof;
