@@ -2,6 +2,7 @@
 
 mod handshake;
 mod hostile;
+mod model;
 mod noise_framework;
 mod pair;
 mod rekey;
