@@ -107,7 +107,11 @@ impl World {
             _ => {
                 let length = [0, 1, 31, 32, 64, 92, 148, 200][usize::from(which >> 5)];
                 let mut garbage = vec![what; length];
-                garbage.iter_mut().take(4).zip([1 + (which >> 1) % 5, 0, 0, 0]).for_each(|(to, byte)| *to = byte);
+                garbage
+                    .iter_mut()
+                    .take(4)
+                    .zip([1 + (which >> 1) % 5, 0, 0, 0])
+                    .for_each(|(to, byte)| *to = byte);
                 self.refuse(side, garbage);
             }
         }

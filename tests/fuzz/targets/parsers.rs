@@ -2,7 +2,9 @@
 
 use hickory_proto::rr::Name;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
-use tencrypt::agent::control::{AgentChannel, Channel, FromAgent, LauncherChannel, MESSAGE_MAX, Message, Received, ToAgent};
+use tencrypt::agent::control::{
+    AgentChannel, Channel, FromAgent, LauncherChannel, MESSAGE_MAX, Message, Received, ToAgent,
+};
 use tencrypt::wire::packet::Packet;
 use tencrypt::wire::{dns, icmp};
 

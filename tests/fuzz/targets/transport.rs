@@ -54,8 +54,7 @@ pub(crate) fn config(side: usize) -> PeerConfig {
 impl Side {
     pub(crate) fn new(side: usize, seed: u64, options: &Options, now: Now) -> Self {
         let identity = Identity { address: address(side).ip(), secret: secret(side) };
-        let mut transport =
-            Transport::new(vec![identity], options.clone(), ChaCha20Rng::seed_from_u64(seed));
+        let mut transport = Transport::new(vec![identity], options.clone(), ChaCha20Rng::seed_from_u64(seed));
         let peer = transport.add_peer(config(1 - side), now);
         Self { transport, peer }
     }
