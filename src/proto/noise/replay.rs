@@ -123,7 +123,7 @@ mod tests {
         for counter in 0..20_000 {
             assert!(take(&mut window, counter));
             let oldest = (counter + 1).saturating_sub(REPLAY_WINDOW);
-            for seen in [oldest, oldest + 1, (oldest + 63).min(counter), counter] {
+            for seen in [oldest, oldest + 1, oldest + 63, counter].map(|seen| seen.min(counter)) {
                 assert!(!window.is_fresh(seen), "{seen} under {counter}");
             }
         }
