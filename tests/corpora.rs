@@ -17,8 +17,8 @@ fn replay(name: &str, target: fn(&[u8]), least: usize) {
     files.sort();
     assert!(files.len() >= least, "{} files in {}", files.len(), folder.display());
     for file in files {
-        println!("{}", file.display());
-        target(&fs::read(&file).expect("a readable file"));
+        let bytes = fs::read(&file).expect("a readable file");
+        assert!(std::panic::catch_unwind(|| target(&bytes)).is_ok(), "{}", file.display());
     }
 }
 
