@@ -130,7 +130,7 @@ impl World {
         self.seed += 1;
         let own = STEPS[self.known[side].step].iter();
         let identities = own.map(|n| Identity { address: address(side).ip(), secret: key(side, *n) });
-        let rng = rand_chacha::ChaCha20Rng::seed_from_u64(self.seed);
+        let rng = ChaCha20Rng::seed_from_u64(self.seed);
         let mut transport = Transport::new(identities.collect(), self.options.clone(), rng);
         let former = &mut self.pair.sides[side];
         former.transport.last_stamp().into_iter().for_each(|stamp| transport.raise_stamp(stamp));
