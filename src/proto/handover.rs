@@ -27,7 +27,7 @@ use crate::wire::vnet::VnetHeader;
 
 const MAGIC: &[u8; 7] = b"tencrho";
 /// Raised whenever [`State`] or what it holds changes.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Far above what bounded tables and queues can come to.
 const MAX_LEN: usize = 256 << 20;
 /// More words than there are.

@@ -23,6 +23,8 @@ pub(super) struct TransportKey(pub(super) [u8; 32]);
 pub(super) struct SessionState {
     pub(super) local: [u8; 4],
     pub(super) remote: [u8; 4],
+    /// The peer's static key that it was made with.
+    pub(super) public: PublicKey,
     pub(super) is_initiator: bool,
     pub(super) age: Duration,
     pub(super) sealing: TransportKey,

@@ -60,3 +60,17 @@ impl fmt::Debug for PresharedKey {
         f.write_str("PresharedKey(..)")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_print_nothing_of_themselves() {
+        let (secret, psk) = (StaticSecret([0xab; 32]), PresharedKey([0xab; 32]));
+        let public = PublicKey([0xcd; 32]);
+        assert_eq!(format!("{secret:?} {psk:?}"), "StaticSecret(..) PresharedKey(..)");
+        let printed = format!("{:?}", PeerKeys { public, psk });
+        assert_eq!(printed, "PeerKeys { public: PublicKey(cdcdcdcd..), psk: PresharedKey(..) }");
+    }
+}

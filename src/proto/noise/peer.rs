@@ -22,7 +22,7 @@ use super::index::{PeerId, ReceiverIndex};
 use super::session::{Keypairs, Role, Session};
 use super::shared::Shared;
 use super::timers::{Timer, Timers};
-use super::{Event, Options, PeerConfig, PeerKeys, Received, Sealer};
+use super::{Event, Options, PeerConfig, PeerKeys, PublicKey, Received, Sealer};
 use crate::proto::Now;
 use crate::proto::drop::DropReason;
 
@@ -118,8 +118,11 @@ impl Peer {
         // What this agent has made itself meanwhile is newer.
         if !self.has_session() {
             let suite = shared.options.suite;
+            let config = &self.config;
             let mut session = |state: Option<SessionState>| {
-                let session = Session::import(state?, suite, shared.options.reject_after_messages, then)?;
+                // One of a project key that was retired meanwhile ends with it.
+                let state = state.filter(|state| config.publics().any(|public| public == state.public))?;
+                let session = Session::import(state, suite, shared.options.reject_after_messages, then)?;
                 let lives = session.age(now.instant) < shared.options.reject_after;
                 (lives && shared.indices.adopt(session.local, self.id)).then(|| Box::new(session))
             };
@@ -279,12 +282,12 @@ impl Peer {
         // During a rotation the peer may already, or still, ask with the other key.
         let PeerConfig { keys, accept, .. } = &self.config;
         let asked_with = [keys].into_iter().chain(accept).find(|keys| keys.public == consumed.public);
-        let PeerKeys { public, psk } = asked_with.ok_or(DropReason::PeerUnknown)?;
+        let &PeerKeys { public, ref psk } = asked_with.ok_or(DropReason::PeerUnknown)?;
         let index = shared.indices.insert(self.id, &mut shared.rng);
         let (keys, message) = consumed
-            .respond(&Mac1Key::new(public), psk, index)
+            .respond(&Mac1Key::new(&public), psk, index)
             .inspect_err(|_| shared.indices.remove(index))?;
-        let session = self.session(&keys, index, Role::Responder, shared, now);
+        let session = self.session(&keys, index, Role::Responder, public, shared, now);
         let fallen = self.keypairs.install_next(session);
         shared.retire(fallen);
         self.plan_expiry(shared);
@@ -312,7 +315,7 @@ impl Peer {
         let keys = initiation.state.finish(message)?;
         // From here on the session owns the index, and the initiation is gone: the response cannot count twice.
         self.initiation = None;
-        let session = self.session(&keys, index, Role::Initiator, shared, now);
+        let session = self.session(&keys, index, Role::Initiator, self.config.keys.public, shared, now);
         let fallen = self.keypairs.install_current(session);
         shared.retire(fallen);
         self.established(shared);
@@ -412,11 +415,12 @@ impl Peer {
         keys: &SessionKeys,
         index: ReceiverIndex,
         role: Role,
+        public: PublicKey,
         shared: &Shared,
         now: Now,
     ) -> Session {
         let Options { suite, reject_after_messages, .. } = shared.options;
-        Session::new(keys, suite, index, role, reject_after_messages, now.instant)
+        Session::new(keys, suite, index, role, public, reject_after_messages, now.instant)
     }
 
     fn established(&mut self, shared: &mut Shared) {

@@ -117,6 +117,32 @@ mod tests {
         assert!(!window.is_fresh(8_999));
     }
 
+    #[test]
+    fn window_that_moves_by_one_forgets_nothing_inside_it() {
+        let mut window = ReplayWindow::new();
+        for counter in 0..20_000 {
+            assert!(take(&mut window, counter));
+            let oldest = (counter + 1).saturating_sub(REPLAY_WINDOW);
+            for seen in [oldest, oldest + 1, oldest + 63, counter].map(|seen| seen.min(counter)) {
+                assert!(!window.is_fresh(seen), "{seen} under {counter}");
+            }
+        }
+    }
+
+    #[test]
+    fn exported_window_goes_on_where_it_was() {
+        let mut window = ReplayWindow::new();
+        (0..9_000).step_by(3).for_each(|counter| window.accept(counter));
+        let mut state = window.export();
+        let mut successor = ReplayWindow::import(&state).unwrap();
+        for counter in 0..9_100 {
+            assert_eq!(successor.is_fresh(counter), window.is_fresh(counter), "{counter}");
+        }
+        assert!(!take(&mut successor, 8_997) && take(&mut successor, 8_996));
+        state.ring.pop();
+        assert!(ReplayWindow::import(&state).is_none(), "another shape");
+    }
+
     proptest! {
         #[test]
         fn window_equals_its_model(counters in prop::collection::vec((0u64..3, 0u64..20_000), 1..400)) {

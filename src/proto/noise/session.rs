@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use super::PublicKey;
 use super::constants::{HEADER_LEN, TAG_LEN, TYPE_DATA};
 use super::handover::{SessionState, TransportKey, before};
 use super::handshake::{SessionKeys, index_at};
@@ -31,6 +32,8 @@ pub(super) struct Session {
     pub(super) local: ReceiverIndex,
     pub(super) role: Role,
     pub(super) created: Instant,
+    /// The peer's static key in that handshake.
+    public: PublicKey,
     remote: ReceiverIndex,
     sealing: Aead,
     opening: Aead,
@@ -54,6 +57,7 @@ impl Session {
         suite: Suite,
         local: ReceiverIndex,
         role: Role,
+        public: PublicKey,
         reject_after_messages: u64,
         now: Instant,
     ) -> Self {
@@ -61,6 +65,7 @@ impl Session {
             local,
             role,
             created: now,
+            public,
             remote: keys.remote,
             sealing: suite.cipher(&keys.sealing),
             opening: suite.cipher(&keys.opening),
@@ -77,6 +82,7 @@ impl Session {
         SessionState {
             local: self.local.to_wire(),
             remote: self.remote.to_wire(),
+            public: self.public,
             is_initiator: self.role == Role::Initiator,
             age: self.age(now),
             sealing,
@@ -98,6 +104,7 @@ impl Session {
             local: ReceiverIndex::from_wire(state.local),
             role: if state.is_initiator { Role::Initiator } else { Role::Responder },
             created: before(then, state.age)?,
+            public: state.public,
             remote: ReceiverIndex::from_wire(state.remote),
             sealing: suite.cipher(&sealing.0),
             opening: suite.cipher(&opening.0),

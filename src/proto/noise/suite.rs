@@ -85,14 +85,12 @@ impl Aead {
         associated: &[u8],
         text: &mut [u8],
     ) -> Result<[u8; TAG_LEN], Refused> {
-        let tag = self.key.seal_in_place_separate_tag(self.nonce(counter), Aad::from(associated), text);
-        tag.map_err(|_| Refused)?.as_ref().try_into().map_err(|_| Refused)
+        self.seal_with(self.nonce(counter), associated, text)
     }
 
     /// Authenticates and decrypts `sealed`, a ciphertext and its tag, in place: the length of the plaintext.
     pub(super) fn open(&self, counter: u64, associated: &[u8], sealed: &mut [u8]) -> Result<usize, Refused> {
-        let text = self.key.open_in_place(self.nonce(counter), Aad::from(associated), sealed);
-        text.map(|text| text.len()).map_err(|_| Refused)
+        self.open_with(self.nonce(counter), associated, sealed)
     }
 
     /// The same, from one buffer into another of the plaintext's length.
@@ -117,5 +115,37 @@ impl Aead {
         let mut nonce = [0; NONCE_LEN];
         nonce[4..].copy_from_slice(&counter);
         Nonce::assume_unique_for_key(nonce)
+    }
+
+    fn seal_with(&self, nonce: Nonce, associated: &[u8], text: &mut [u8]) -> Result<[u8; TAG_LEN], Refused> {
+        let tag = self.key.seal_in_place_separate_tag(nonce, Aad::from(associated), text);
+        tag.map_err(|_| Refused)?.as_ref().try_into().map_err(|_| Refused)
+    }
+
+    fn open_with(&self, nonce: Nonce, associated: &[u8], sealed: &mut [u8]) -> Result<usize, Refused> {
+        let text = self.key.open_in_place(nonce, Aad::from(associated), sealed);
+        text.map(|text| text.len()).map_err(|_| Refused)
+    }
+}
+
+/// Nonces that no counter gives, for published vectors.
+#[cfg(test)]
+impl Aead {
+    pub(super) fn seal_under(
+        &self,
+        nonce: [u8; NONCE_LEN],
+        associated: &[u8],
+        text: &mut [u8],
+    ) -> Result<[u8; TAG_LEN], Refused> {
+        self.seal_with(Nonce::assume_unique_for_key(nonce), associated, text)
+    }
+
+    pub(super) fn open_under(
+        &self,
+        nonce: [u8; NONCE_LEN],
+        associated: &[u8],
+        sealed: &mut [u8],
+    ) -> Result<usize, Refused> {
+        self.open_with(Nonce::assume_unique_for_key(nonce), associated, sealed)
     }
 }

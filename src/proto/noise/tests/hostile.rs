@@ -8,7 +8,7 @@ use super::super::*;
 use super::pair::*;
 
 /// Gives a changed handshake message a valid MAC1, as anybody can who knows the receiver's public key.
-fn remac(message: &mut [u8], receiver: &PublicKey) {
+pub(super) fn remac(message: &mut [u8], receiver: &PublicKey) {
     let key: [u8; 32] =
         Blake2s256::new().chain_update(b"mac1----").chain_update(receiver.0).finalize().into();
     let end = message.len() - 32;

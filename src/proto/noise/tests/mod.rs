@@ -2,7 +2,10 @@
 
 mod handshake;
 mod hostile;
+mod model;
+mod noise_framework;
 mod pair;
 mod rekey;
 mod traffic;
 mod vectors;
+mod wycheproof;

@@ -257,6 +257,11 @@ impl Pair {
         self.wire.is_empty()
     }
 
+    /// Loses everything that is under way.
+    pub(super) fn clear_wire(&mut self) {
+        self.wire.clear();
+    }
+
     /// Moves the clock without running anything.
     pub(super) fn advance_to(&mut self, instant: Instant) {
         self.now.wall += instant - self.now.instant;

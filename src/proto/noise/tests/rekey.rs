@@ -339,3 +339,13 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn each_suite_has_its_message_limits() {
+    let limits = |suite| {
+        let Options { rekey_after_messages, reject_after_messages, .. } = Options::of(suite);
+        (rekey_after_messages, reject_after_messages)
+    };
+    assert_eq!(limits(Suite::ChaCha20Poly1305), (1 << 60, u64::MAX - (1 << 13)));
+    assert_eq!(limits(Suite::Aes256Gcm), (1 << 24, 1 << 25));
+}

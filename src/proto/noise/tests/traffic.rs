@@ -185,3 +185,38 @@ fn message_sent_back_to_its_sender_is_not_opened() {
     assert_eq!(pair.deliver(A, &reflected), Err(DropReason::BadTag));
     pair.deliver(A, &from_b).unwrap();
 }
+
+/// Puts a successor in the place of B, which has the sessions and timers of its predecessor.
+fn hand_over(pair: &mut Pair) {
+    let now = pair.now;
+    let Side { transport: former, peer, .. } = &mut pair.sides[B];
+    let state = former.export(*peer, now).unwrap();
+    *former = transport(B, &Options::default());
+    *peer = former.add_peer(config(A), now);
+    assert!(former.import(*peer, state, now.instant, now));
+}
+
+#[test]
+fn successor_sends_the_keepalive_when_its_predecessor_would_have() {
+    let mut pair = Pair::established(&Options::default());
+    pair.send(A, b"data");
+    pair.run(secs(4));
+    hand_over(&mut pair);
+    pair.run(secs(5));
+    assert_eq!(pair.sides[A].keepalives, 0);
+    pair.run(secs(2));
+    assert_eq!(pair.sides[A].keepalives, 1);
+}
+
+#[test]
+fn successor_makes_the_new_session_when_its_predecessor_would_have() {
+    let mut pair = Pair::established(&Options::default());
+    pair.cut = [true, true];
+    pair.send(B, b"unheard");
+    pair.run(secs(4));
+    hand_over(&mut pair);
+    pair.run(secs(10));
+    assert_eq!(pair.sides[B].sent_at(1).len(), 0);
+    pair.run(secs(2));
+    assert!(!pair.sides[B].sent_at(1).is_empty());
+}

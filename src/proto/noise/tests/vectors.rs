@@ -44,7 +44,8 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn session(keys: &SessionKeys, suite: Suite, role: Role) -> Session {
-    Session::new(keys, suite, ReceiverIndex::from_wire([0; 4]), role, u64::MAX, epoch().instant)
+    let (local, public) = (ReceiverIndex::from_wire([0; 4]), secret(0x22).public());
+    Session::new(keys, suite, local, role, public, u64::MAX, epoch().instant)
 }
 
 #[test]
