@@ -8,7 +8,7 @@ use super::super::*;
 use super::pair::*;
 
 /// Gives a changed handshake message a valid MAC1, as anybody can who knows the receiver's public key.
-fn remac(message: &mut [u8], receiver: &PublicKey) {
+pub(super) fn remac(message: &mut [u8], receiver: &PublicKey) {
     let key: [u8; 32] =
         Blake2s256::new().chain_update(b"mac1----").chain_update(receiver.0).finalize().into();
     let end = message.len() - 32;
@@ -138,8 +138,7 @@ fn only_the_four_message_types_at_their_lengths_are_read() {
             datagram.iter_mut().zip(word).for_each(|(to, from)| *to = from);
             let expected = match (kind, length) {
                 (1, 148) | (2, 92) => DropReason::BadMac1,
-                (3, 64) => DropReason::HandshakeInvalid,
-                (4, 32..) => DropReason::IndexUnknown,
+                (3, 64) | (4, 32..) => DropReason::IndexUnknown,
                 _ => DropReason::NotWireguard,
             };
             assert_eq!(pair.deliver(B, &datagram), Err(expected), "type {kind}, {length} bytes");
