@@ -360,7 +360,7 @@ fn index_in_use(tap: &Sniffer, from: IpAddr, to: IpAddr) -> [u8; 4] {
     found.unwrap_or_else(|| panic!("no datagram from {from} to {to}"))
 }
 
-fn project_key(lab: &Lab) -> ProjectKey {
+pub fn project_key(lab: &Lab) -> ProjectKey {
     ProjectKey::read(&lab.key_file(PROJECT), PROJECT, Suite::default()).expect("the project's key")
 }
 

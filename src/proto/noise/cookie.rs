@@ -100,7 +100,8 @@ impl CookieKey {
 
     /// The cookie of a reply to the message with this MAC1.
     fn open(&self, reply: &[u8; COOKIE_LEN], mac1: &[u8; MAC_LEN]) -> Result<Cookie, DropReason> {
-        let part = |from: usize| -> [u8; MAC_LEN] { reply[from..from + MAC_LEN].try_into().expect("16 bytes") };
+        let part =
+            |from: usize| -> [u8; MAC_LEN] { reply[from..from + MAC_LEN].try_into().expect("16 bytes") };
         let nonce: [u8; 24] = reply[8..SEALED].try_into().expect("24 bytes");
         let (mut cookie, tag) = (Zeroizing::new(part(SEALED)), Tag::from(part(SEALED + MAC_LEN)));
         self.cipher()

@@ -432,13 +432,7 @@ impl Transport {
 
     /// Under load, lets through what proves its source by MAC2, as much as that source may send. The rest is dropped before
     /// anything else is computed; a cookie answers some of it.
-    fn admit(
-        &mut self,
-        local: usize,
-        from: SocketAddr,
-        message: &[u8],
-        now: Now,
-    ) -> Result<(), DropReason> {
+    fn admit(&mut self, local: usize, from: SocketAddr, message: &[u8], now: Now) -> Result<(), DropReason> {
         if !self.limits.is_loaded(now.instant) {
             return Ok(());
         }

@@ -13,8 +13,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::constants::{
-    COOKIE_LEN, CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT, RESPONSE_LEN,
-    TAG_LEN,
+    COOKIE_LEN, CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT,
+    RESPONSE_LEN, TAG_LEN,
 };
 use super::cookie::Cookies;
 use super::handover::{PeerState, SessionState, after, before};

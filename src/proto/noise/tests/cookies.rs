@@ -52,7 +52,8 @@ fn promise_6_a_cookie_is_bound_to_address_and_port() {
         let mut message = message(2);
         cookies.complete_initiation(&mut message, side_secret(B).public(), now);
         assert!(secret.is_proven(own, &message, now));
-        let others = ["10.0.0.2:51820", "10.0.0.1:51821", "10.0.0.1:108", "[fd00::2]:51820", "[fd00::1]:51821"];
+        let others =
+            ["10.0.0.2:51820", "10.0.0.1:51821", "10.0.0.1:108", "[fd00::2]:51820", "[fd00::1]:51821"];
         for other in others {
             assert!(!secret.is_proven(other.parse().unwrap(), &message, now), "{own} as {other}");
         }

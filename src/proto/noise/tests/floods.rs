@@ -182,9 +182,8 @@ fn promise_6_cookie_replies_are_bounded_per_source_and_in_total() {
     let start = epoch().instant;
     let peer = "10.0.0.1".parse().unwrap();
     limits.add_peer(peer);
-    let count = |limits: &mut Limits, source: IpAddr, now| {
-        (0..50).filter(|_| limits.take_reply(source, now)).count()
-    };
+    let count =
+        |limits: &mut Limits, source: IpAddr, now| (0..50).filter(|_| limits.take_reply(source, now)).count();
     assert_eq!(count(&mut limits, stranger(0).ip(), start), 2);
     assert_eq!(count(&mut limits, peer, start), 5);
     let all: usize = (1..20_000).map(|n| count(&mut limits, stranger(n).ip(), start)).sum();
@@ -255,8 +254,8 @@ impl Newcomer {
             pair.now.instant
         });
         self.transport.handle_timeout(pair.now);
-        while let Some((_, message)) = self.transport.poll_transmit() {
-            let _ = pair.deliver_from(B, self.at, &message);
+        while let Some((_, mut message)) = self.transport.poll_transmit() {
+            let _ = pair.sides[B].transport.handle(self.at, &mut message, pair.now);
         }
     }
 
