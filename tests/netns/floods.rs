@@ -50,6 +50,8 @@ const CLOSED: u16 = 9_630;
 const WEB: u16 = 8_080;
 /// What a peer may wait for.
 const NEWCOMER: Duration = Duration::from_secs(2);
+/// The agent has noticed the flood by then.
+const NOTICED: Duration = Duration::from_millis(300);
 /// The machine may be busy with something else for one of them.
 const ROUNDS: usize = 3;
 /// What the agent's memory may grow by.
@@ -214,11 +216,13 @@ fn leaves_four_fifths(lab: &Lab, flood: &Flood) {
     let mut measured = Vec::new();
     let mut newcomer = None;
     for _ in 0..ROUNDS {
-        let (closed, _) = flood.during(CLOSED, || goodput(lab));
+        let (closed, _) = flood.during(CLOSED, || {
+            thread::sleep(NOTICED);
+            goodput(lab)
+        });
         let (open, rate) = flood.during(TUNNEL_PORT, || {
+            thread::sleep(NOTICED);
             newcomer.get_or_insert_with(|| {
-                // The agent has to notice first.
-                thread::sleep(Duration::from_millis(200));
                 let begun = Instant::now();
                 let to = (flood.attack.victim.v4, WEB);
                 lab.pod("shop-lone").connect(to, NEWCOMER).expect("a newcomer connects");

@@ -6,10 +6,10 @@
 //!    answers it: a cookie reply costs a system call, about what ten dropped messages cost together
 //! 3. one that proves it is consumed as long as [`Limits::take_handshake`] allows its source
 //!
-//! Who proves nothing can only take from its own name, or from what all strangers share, and that is replies alone. An
-//! address of the directory shares nothing with strangers, whatever they forge or own, so a flood from all the world
-//! neither keeps a peer from its cookie nor from being answered. One that forges every peer's name can do that to
-//! [`PEER_REPLIES`], as it could fill the link of the bare network.
+//! What proves nothing takes replies, and nothing else, from the name that it bears. An address of the directory shares
+//! nothing with strangers, whatever they forge or own: a flood from all the world keeps no peer from its cookie, nor from
+//! being answered. Only one that bears the very address of a peer takes that peer's replies; whoever can forge a neighbour's
+//! address on its link can cut it off without us.
 //!
 //! Memory: one entry of 56 bytes per peer, and four tables of [`TABLE`] strangers, about 0.7 MB, only under load. A full
 //! table forgets those who were longest idle: a stranger then has a full bucket again, and shuts nobody out. Nothing of
