@@ -110,7 +110,9 @@ impl<'l> Flood<'l> {
     fn new(lab: &'l Lab, sources: u32, answering: bool) -> Self {
         let attack = Attack::on(lab, VICTIM);
         let receiver = project_key(lab).static_secret(attack.victim.v4.into()).public();
-        let messages = (0..sources).map(|n| (source(n), noise(n, &receiver))).collect();
+        // Those that are silent may have used up their replies a moment ago.
+        let first = if answering { SILENT } else { 0 };
+        let messages = (first..first + sources).map(|n| (source(n), noise(n, &receiver))).collect();
         let mut flood = Self { attack, messages };
         if answering {
             flood.answer(&receiver);
