@@ -47,6 +47,10 @@ pub enum DropReason {
     ClockSkew,
     /// Handshakes faster than a peer may send them.
     HandshakeFlood,
+    /// Under load: a handshake message whose sender has yet to show, by a cookie, that it receives where it sends from.
+    CookieMissing,
+    /// Under load: handshakes faster than one source may send them.
+    SourceLimit,
     /// No session has this receiver index.
     IndexUnknown,
     /// Session older than its hard limit, or its message counter used up.
@@ -81,7 +85,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 38] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -103,6 +107,8 @@ impl DropReason {
         Self::HandshakeReplay,
         Self::ClockSkew,
         Self::HandshakeFlood,
+        Self::CookieMissing,
+        Self::SourceLimit,
         Self::IndexUnknown,
         Self::SessionExpired,
         Self::BadTag,
@@ -145,6 +151,8 @@ impl DropReason {
             Self::HandshakeReplay => "handshake_replay",
             Self::ClockSkew => "clock_skew",
             Self::HandshakeFlood => "handshake_flood",
+            Self::CookieMissing => "cookie_missing",
+            Self::SourceLimit => "source_limit",
             Self::IndexUnknown => "index_unknown",
             Self::SessionExpired => "session_expired",
             Self::BadTag => "bad_tag",

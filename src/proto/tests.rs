@@ -17,6 +17,7 @@ use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
 mod accounting;
 mod dns;
+mod flood;
 mod inbound;
 mod ladder;
 mod survival;

@@ -330,7 +330,7 @@ fn forgeries(key: &ProjectKey, from: IpAddr, to: IpAddr, index: [u8; 4]) -> Vec<
         add("bad_mac1", message(2, FORGED_INDEX, &bytes(seed, 84)));
         add("handshake_invalid", with_mac1(message(1, FORGED_INDEX, &bytes(seed, 108)), &receiver));
         add("index_unknown", with_mac1(message(2, FORGED_INDEX, &bytes(seed, 52)), &receiver));
-        add("handshake_invalid", message(3, index, &bytes(seed, 56)));
+        add("index_unknown", message(3, index, &bytes(seed, 56)));
         // A whole initiation of somebody who knows every public key, but has a private key of its own.
         let secret = StaticSecret(bytes(seed, 32).try_into().expect("32 bytes"));
         let keys = PeerKeys { public: receiver, psk: PresharedKey([0; 32]) };
@@ -360,7 +360,7 @@ fn index_in_use(tap: &Sniffer, from: IpAddr, to: IpAddr) -> [u8; 4] {
     found.unwrap_or_else(|| panic!("no datagram from {from} to {to}"))
 }
 
-fn project_key(lab: &Lab) -> ProjectKey {
+pub fn project_key(lab: &Lab) -> ProjectKey {
     ProjectKey::read(&lab.key_file(PROJECT), PROJECT, Suite::default()).expect("the project's key")
 }
 

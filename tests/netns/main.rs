@@ -23,6 +23,7 @@ mod crash;
 mod directory;
 mod dns;
 mod escape;
+mod floods;
 mod guard;
 mod hostile;
 mod lab;
@@ -136,6 +137,7 @@ fn main() -> std::process::ExitCode {
         attackers::CASES,
         replays::CASES,
         bridge::CASES,
+        floods::CASES,
         ladder::CASES,
         audit::CASES,
         lifecycle::CASES,

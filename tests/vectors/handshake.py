@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""The known answers of src/proto/noise/tests/vectors.rs, from the WireGuard paper's sections 5.4.2 to 5.4.6.
+"""The known answers of src/proto/noise/tests/vectors.rs, from the WireGuard paper's sections 5.4.2 to 5.4.7.
 
-handshake.py     needs Python 3 and the `cryptography` package; prints initiation, response, data and keepalive per suite
+handshake.py     needs Python 3 and the `cryptography` package; prints initiation, response, data and keepalive per suite,
+                 and per sender the cookie reply to an initiation, and that initiation's MAC2 with the cookie
 """
 
 import hashlib
 import hmac
+import ipaddress
 import struct
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -79,6 +83,30 @@ def vectors(name, cipher, order):
     return {"initiation": initiation, "response": response, "data": data, "keepalive": keepalive}
 
 
+def hchacha20(key, nonce):
+    """The key of an XChaCha20 nonce (draft-irtf-cfrg-xchacha-03, section 2.2), out of the block function: it adds its input."""
+    block = Cipher(ChaCha20(key, nonce), mode=None).encryptor().update(bytes(64))
+    words, start = struct.unpack("<16I", block), struct.unpack("<4I", b"expand 32-byte k")
+    added = start + struct.unpack("<8I4I", key + nonce)
+    plain = [(word - add) % 2**32 for word, add in zip(words, added)]
+    return struct.pack("<8I", *plain[:4], *plain[12:])
+
+
+def cookie_vectors(initiation, receiver, address):
+    mac = lambda key, data: hashlib.blake2s(data, digest_size=16, key=key).digest()
+    secret, nonce, mac1 = bytes([0x66]) * 32, bytes([0x77]) * 24, initiation[-32:-16]
+    cookie = mac(secret, ipaddress.ip_address(address).packed + struct.pack(">H", 51820))
+    key = hchacha20(blake2s(b"cookie--", receiver), nonce[:16])
+    sealed = ChaCha20Poly1305(key).encrypt(bytes(4) + nonce[16:], cookie, mac1)
+    return b"\x03\0\0\0" + initiation[4:8] + nonce + sealed, mac(cookie, initiation[:-16])
+
+
 for suite, parameters in SUITES.items():
     for message, value in vectors(*parameters).items():
         print(suite, message, value.hex())
+
+initiation = vectors(*SUITES["chacha20poly1305"])["initiation"]
+for address in ("10.0.0.1", "fd00::1"):
+    reply, mac2 = cookie_vectors(initiation, public(X25519PrivateKey.from_private_bytes(bytes([0x22]) * 32)), address)
+    print(address, "cookie reply", reply.hex())
+    print(address, "mac2", mac2.hex())

@@ -10,6 +10,8 @@ use std::time::Duration;
 pub(super) const PROLOGUE: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 /// Hashed with a public key, gives the key of MAC1.
 pub(super) const LABEL_MAC1: &[u8] = b"mac1----";
+/// Hashed with a public key, gives the key that cookies are sealed with.
+pub(super) const LABEL_COOKIE: &[u8] = b"cookie--";
 
 /// First word of a handshake initiation, little-endian.
 pub(super) const TYPE_INITIATION: u32 = 1;
@@ -26,6 +28,8 @@ pub(super) const INITIATION_LEN: usize = 148;
 pub(super) const RESPONSE_LEN: usize = 92;
 /// Bytes of a cookie reply.
 pub(super) const COOKIE_LEN: usize = 64;
+/// Bytes of MAC1 and MAC2, which end both handshake messages.
+pub(super) const MACS_LEN: usize = 32;
 /// Bytes before the ciphertext of a transport data message: type, receiver index, counter.
 pub const HEADER_LEN: usize = 16;
 /// Bytes of an authentication tag.
@@ -49,6 +53,10 @@ pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// Messages under one key after which it neither seals nor opens.
 pub(super) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+/// A responder makes cookies of one secret for this long.
+pub(super) const COOKIE_SECRET_LIFE: Duration = Duration::from_secs(120);
+/// A cookie is worth sending for this long.
+pub(super) const COOKIE_LIFE: Duration = Duration::from_secs(120);
 /// A peer's initiations closer together than this are not consumed.
 pub(super) const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
 

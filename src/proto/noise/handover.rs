@@ -1,6 +1,6 @@
 //! What a successor needs to go on with our sessions: plain data, wiped when dropped.
 //!
-//! Handshakes under way are not among it; they begin anew. Times are ages and remaining times as of one moment, which the
+//! Handshakes under way are not among it; they begin anew. Nor are cookies and limits (`cookie`, `limits`). Times are ages and remaining times as of one moment, which the
 //! successor places on its own clock.
 
 use std::net::SocketAddr;

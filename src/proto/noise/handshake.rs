@@ -1,7 +1,8 @@
 //! Handshake messages: an initiation asks for a session, a response gives one. No peers, no timers: bytes and keys.
 //!
 //! 1. [`Local::initiate`] builds an initiation and waits as [`Initiator`]
-//! 2. [`Local::verify`] checks MAC1 of either message: the only step anybody can make us do
+//! 2. [`Local::verify`] checks MAC1 of either message: the only step that anybody can make us do; `cookie` writes and
+//!    checks MAC2
 //! 3. [`Local::consume`] opens an initiation: who, when
 //! 4. [`Consumed::respond`] builds the response and the responder's keys
 //! 5. [`Initiator::finish`] opens the response and gives the initiator's keys
@@ -18,14 +19,15 @@ use blake2::{Blake2s256, Blake2sMac, Digest};
 use snow::{Builder, HandshakeState};
 use zeroize::Zeroizing;
 
-use super::constants::{INITIATION_LEN, LABEL_MAC1, PROLOGUE, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE};
+use super::constants::{
+    INITIATION_LEN, LABEL_MAC1, MACS_LEN, PROLOGUE, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE,
+};
+use super::cookie::CookieKey;
 use super::index::ReceiverIndex;
 use super::resolver::Resolver;
 use super::{PresharedKey, PublicKey, StaticSecret, Suite};
 use crate::proto::drop::DropReason;
 
-/// MAC1 and MAC2 end both messages.
-const MACS_LEN: usize = 32;
 /// Where the pre-shared key is mixed in.
 const PSK_POSITION: u8 = 2;
 
@@ -56,21 +58,22 @@ impl Mac1Key {
         Self(Blake2s256::new().chain_update(LABEL_MAC1).chain_update(public.0).finalize().into())
     }
 
-    fn mac(&self, message: &[u8]) -> Blake2sMac<U16> {
-        let mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(&self.0).expect("32 bytes are a BLAKE2s key");
-        Mac::chain_update(mac, message)
-    }
-
     fn append<const N: usize>(&self, message: &mut [u8; N]) {
         let (covered, macs) = message.split_at_mut(N - MACS_LEN);
-        macs[..16].copy_from_slice(&self.mac(covered).finalize_fixed());
+        macs[..16].copy_from_slice(&mac(&self.0, covered).finalize_fixed());
     }
 
     fn matches(&self, message: &[u8]) -> bool {
         message
             .split_at_checked(message.len().wrapping_sub(MACS_LEN))
-            .is_some_and(|(covered, macs)| self.mac(covered).verify_slice(&macs[..16]).is_ok())
+            .is_some_and(|(covered, macs)| mac(&self.0, covered).verify_slice(&macs[..16]).is_ok())
     }
+}
+
+/// The keyed hash of MAC1, MAC2 and cookies. `key` is 16 or 32 bytes.
+pub(super) fn mac(key: &[u8], message: &[u8]) -> Blake2sMac<U16> {
+    let mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(key).expect("at most 32 bytes are a BLAKE2s key");
+    Mac::chain_update(mac, message)
 }
 
 /// Keys of a finished handshake, from this side's view.
@@ -85,6 +88,8 @@ pub(super) struct SessionKeys {
 pub(super) struct Local {
     secret: StaticSecret,
     mac1: Mac1Key,
+    /// Seals the cookies of those who know this key by its public half.
+    pub(super) cookie: CookieKey,
     suite: Suite,
 }
 
@@ -103,8 +108,8 @@ pub(super) struct Consumed {
 
 impl Local {
     pub(super) fn new(secret: StaticSecret, suite: Suite) -> Self {
-        let mac1 = Mac1Key::new(&secret.public());
-        Self { secret, mac1, suite }
+        let public = secret.public();
+        Self { secret, mac1: Mac1Key::new(&public), cookie: CookieKey::new(&public), suite }
     }
 
     /// Builds an initiation to `remote`.

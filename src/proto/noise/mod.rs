@@ -8,6 +8,7 @@
 //! | `constants` | the numbers |
 //! | `handshake`, `resolver` | initiation, response, MAC1; the primitives under them |
 //! | `suite` | what differs between AEADs; the seam to the library |
+//! | `cookie`, `limits` | what handshake messages may cost us: proof of the sender's address, a limit for each source |
 //! | `session`, `replay` | sealing and opening; previous, current and next session |
 //! | `peer`, `timers` | when a session is made, renewed, erased |
 //! | `kept` | initiations of keys that the directory does not know yet |
@@ -18,15 +19,18 @@
 //! keep the one of the greater address. During a key rotation a peer has two keys: it is answered with either, and
 //! asked with the one in use. Keys are erased when a session reaches its hard limit or is replaced, which
 //! is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far future are
-//! refused. A peer is heard from its own address only, unless roaming is on. Cookie replies are dropped.
+//! refused. A peer is heard from its own address only, unless roaming is on. An address of the directory has limits of its
+//! own, so that nobody else can use them up (`limits`).
 //! Source: WireGuard paper, sections 5 and 6.
 
 mod constants;
+mod cookie;
 mod handover;
 mod handshake;
 mod index;
 mod kept;
 mod keys;
+mod limits;
 mod peer;
 mod replay;
 mod resolver;
@@ -42,6 +46,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use rand::Rng;
 use rand_chacha::ChaCha20Rng;
 
 pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
@@ -54,9 +59,11 @@ use constants::{
     COOKIE_LEN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME,
     REKEY_TIMEOUT, RESPONSE_LEN, SILENT_AFTER, TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
+use cookie::CookieSecret;
 use handshake::{Local, index_at};
-use index::Slab;
+use index::{ReceiverIndex, Slab};
 use kept::Kept;
+use limits::Limits;
 use peer::Peer;
 use session::Session;
 use shared::{OwnKey, Shared};
@@ -206,12 +213,15 @@ pub struct Transport {
     /// By family (is it IPv4) and static key.
     by_static: BTreeMap<(bool, PublicKey), PeerId>,
     kept: Kept,
+    limits: Limits,
+    cookies: CookieSecret,
 }
 
 impl Transport {
     /// A transport without peers. `rng` is seeded by the caller from the system's source; it is the only randomness.
     #[must_use]
-    pub fn new(identities: Vec<Identity>, options: Options, rng: ChaCha20Rng) -> Self {
+    pub fn new(identities: Vec<Identity>, options: Options, mut rng: ChaCha20Rng) -> Self {
+        let limits = Limits::new(rng.next_u64());
         let own = |identity: Identity| OwnKey {
             address: identity.address.to_canonical(),
             keys: Local::new(identity.secret, options.suite),
@@ -221,6 +231,8 @@ impl Transport {
             peers: Slab::new(),
             by_static: BTreeMap::new(),
             kept: Kept::default(),
+            limits,
+            cookies: CookieSecret::default(),
         }
     }
 
@@ -230,12 +242,15 @@ impl Transport {
         let endpoint = SocketAddr::new(config.address, config.port);
         let local = self.shared.locals.iter().position(|own| own.address.is_ipv4() == endpoint.is_ipv4());
         let publics: Vec<_> = config.publics().collect();
+        self.limits.add_peer(config.address);
         let id = self.peers.insert_with(|id| Peer::new(id, config, local));
         for public in publics {
             self.by_static.insert((endpoint.is_ipv4(), public), id);
             if let Some((from, message)) = self.kept.take(&public, endpoint, now.instant) {
-                // It was valid when it was kept; if it is not any more, the peer's next one will be.
-                let _: Result<Received, DropReason> = self.handle_initiation(from, &message, now);
+                // It was valid, and paid for, when it was kept; if it is not any more, the peer's next one will be.
+                let own = self.verify(from, &message);
+                let _: Result<Received, DropReason> =
+                    own.and_then(|own| self.consume(own, from, &message, now));
             }
         }
         id
@@ -246,6 +261,7 @@ impl Transport {
         let Some(mut removed) = self.peers.remove(peer) else { return };
         removed.indices().for_each(|index| self.shared.indices.remove(index));
         self.shared.schedule.cancel(peer, &mut removed.wake);
+        self.limits.remove_peer(removed.config.address);
         for public in removed.config.publics() {
             let key = (removed.config.address.is_ipv4(), public);
             if self.by_static.get(&key) == Some(&peer) {
@@ -323,7 +339,8 @@ impl Transport {
     ///
     /// # Errors
     /// Why it was dropped. Nothing is sent then, and nothing changed, but that the initiation of a static key that no peer
-    /// has ([`DropReason::PeerUnknown`]) is kept for [`Self::add_peer`].
+    /// has ([`DropReason::PeerUnknown`]) is kept for [`Self::add_peer`], that messages with a valid MAC1 count against the
+    /// limits, and that a cookie may answer one of those under load ([`DropReason::CookieMissing`]).
     pub fn handle(
         &mut self,
         from: SocketAddr,
@@ -337,7 +354,7 @@ impl Transport {
         match (kind, datagram.len()) {
             (TYPE_DATA, length) if length >= HEADER_LEN + TAG_LEN => {
                 let index = session::receiver(datagram);
-                let id = self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)?;
+                let id = self.owner(index)?;
                 let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;
                 peer.receive(index, from, datagram, &mut self.shared, now)
             }
@@ -349,7 +366,13 @@ impl Transport {
                 let message: &[u8; RESPONSE_LEN] = datagram.first_chunk().expect("length was matched");
                 self.handle_response(from, message, now)
             }
-            (TYPE_COOKIE, COOKIE_LEN) => Err(DropReason::HandshakeInvalid),
+            (TYPE_COOKIE, COOKIE_LEN) => {
+                let message: &[u8; COOKIE_LEN] = datagram.first_chunk().expect("length was matched");
+                let id = self.owner(index_at(message, 4))?;
+                let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;
+                peer.take_cookie(from, message, &self.shared, now)?;
+                Ok(Received::Handshake)
+            }
             _ => Err(DropReason::NotWireguard),
         }
     }
@@ -361,6 +384,18 @@ impl Transport {
         now: Now,
     ) -> Result<Received, DropReason> {
         let local = self.verify(from, message)?;
+        self.limits.note(now.instant);
+        self.admit(local, from, message, now)?;
+        self.consume(local, from, message, now)
+    }
+
+    fn consume(
+        &mut self,
+        local: usize,
+        from: SocketAddr,
+        message: &[u8; INITIATION_LEN],
+        now: Now,
+    ) -> Result<Received, DropReason> {
         let ephemeral = self.shared.ephemeral();
         let consumed = self.shared.locals[local].keys.consume(message, ephemeral)?;
         let known = self.by_static.get(&(from.is_ipv4(), consumed.public));
@@ -379,12 +414,37 @@ impl Transport {
         message: &[u8; RESPONSE_LEN],
         now: Now,
     ) -> Result<Received, DropReason> {
-        self.verify(from, message)?;
+        let local = self.verify(from, message)?;
         let index = index_at(message, 8);
-        let id = self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)?;
+        let id = self.owner(index)?;
+        self.peers.get(id).ok_or(DropReason::IndexUnknown)?.expects(index, from, &self.shared)?;
+        self.admit(local, from, message, now)?;
         let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;
-        peer.finish(index, from, message, &mut self.shared, now)?;
+        // The answer that we asked for is no load; what merely looks like it is.
+        peer.finish(index, message, &mut self.shared, now).inspect_err(|_| self.limits.note(now.instant))?;
         Ok(Received::Handshake)
+    }
+
+    fn owner(&self, index: ReceiverIndex) -> Result<PeerId, DropReason> {
+        self.shared.indices.owner(index).ok_or(DropReason::IndexUnknown)
+    }
+
+    /// Under load, lets through what proves its source by MAC2, as much as that source may send. The rest is dropped before
+    /// anything else is computed; a cookie answers some of it.
+    fn admit(&mut self, local: usize, from: SocketAddr, message: &[u8], now: Now) -> Result<(), DropReason> {
+        if !self.limits.is_loaded(now.instant) {
+            return Ok(());
+        }
+        if self.cookies.is_proven(from, message, now.instant) {
+            let may = self.limits.take_handshake(from.ip(), now.instant);
+            return may.then_some(()).ok_or(DropReason::SourceLimit);
+        }
+        if self.limits.take_reply(from.ip(), now.instant) {
+            let Shared { locals, rng, transmits, .. } = &mut self.shared;
+            let reply = self.cookies.reply(&locals[local].keys.cookie, from, message, rng, now.instant);
+            transmits.push_back((from, reply.to_vec()));
+        }
+        Err(DropReason::CookieMissing)
     }
 
     /// Which of our keys a handshake message is for.

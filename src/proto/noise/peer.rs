@@ -13,9 +13,10 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::constants::{
-    CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT, RESPONSE_LEN,
-    TAG_LEN,
+    COOKIE_LEN, CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT,
+    RESPONSE_LEN, TAG_LEN,
 };
+use super::cookie::Cookies;
 use super::handover::{PeerState, SessionState, after, before};
 use super::handshake::{Consumed, Initiator, Mac1Key, SessionKeys, Tai64n};
 use super::index::{PeerId, ReceiverIndex};
@@ -39,6 +40,7 @@ pub(super) struct Peer {
     pub(super) keypairs: Keypairs,
     initiation: Option<Box<Initiation>>,
     attempt: Option<Attempt>,
+    cookies: Cookies,
     timers: Timers,
     /// The peer's entry in the schedule.
     pub(super) wake: Option<Instant>,
@@ -75,6 +77,7 @@ impl Peer {
             keypairs: Keypairs::default(),
             initiation: None,
             attempt: None,
+            cookies: Cookies::default(),
             timers: Timers::default(),
             wake: None,
             greatest_stamp: None,
@@ -259,9 +262,7 @@ impl Peer {
         shared: &mut Shared,
         now: Now,
     ) -> Result<(), DropReason> {
-        if from != self.endpoint && !shared.options.roaming {
-            return Err(DropReason::OuterSource);
-        }
+        self.is_heard_from(from, shared)?;
         shared.check_skew(consumed.stamp, now)?;
         if self.greatest_stamp.is_some_and(|greatest| consumed.stamp <= greatest) {
             return Err(DropReason::HandshakeReplay);
@@ -284,9 +285,10 @@ impl Peer {
         let asked_with = [keys].into_iter().chain(accept).find(|keys| keys.public == consumed.public);
         let &PeerKeys { public, ref psk } = asked_with.ok_or(DropReason::PeerUnknown)?;
         let index = shared.indices.insert(self.id, &mut shared.rng);
-        let (keys, message) = consumed
+        let (keys, mut message) = consumed
             .respond(&Mac1Key::new(&public), psk, index)
             .inspect_err(|_| shared.indices.remove(index))?;
+        self.cookies.complete_response(&mut message, public, now.instant);
         let session = self.session(&keys, index, Role::Responder, public, shared, now);
         let fallen = self.keypairs.install_next(session);
         shared.retire(fallen);
@@ -298,20 +300,43 @@ impl Peer {
         Ok(())
     }
 
-    /// A response for this peer: the session seals at once, and something is sent so that the peer may seal, too.
+    /// Whether a response is what an initiation of ours waits for: the questions that cost nothing.
+    pub(super) fn expects(
+        &self,
+        index: ReceiverIndex,
+        from: SocketAddr,
+        shared: &Shared,
+    ) -> Result<(), DropReason> {
+        self.initiation.as_ref().filter(|mine| mine.index == index).ok_or(DropReason::IndexUnknown)?;
+        self.is_heard_from(from, shared)
+    }
+
+    fn is_heard_from(&self, from: SocketAddr, shared: &Shared) -> Result<(), DropReason> {
+        if from == self.endpoint || shared.options.roaming { Ok(()) } else { Err(DropReason::OuterSource) }
+    }
+
+    /// A cookie reply for this peer. Nothing is sent for it, and the peer's endpoint stays.
+    pub(super) fn take_cookie(
+        &mut self,
+        from: SocketAddr,
+        message: &[u8; COOKIE_LEN],
+        shared: &Shared,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        self.cookies.expects(message)?;
+        self.is_heard_from(from, shared)?;
+        self.cookies.take(message, now.instant)
+    }
+
+    /// A response that [`Self::expects`] let through: the session seals at once, and something is sent so that the peer may seal, too.
     pub(super) fn finish(
         &mut self,
         index: ReceiverIndex,
-        from: SocketAddr,
         message: &[u8; RESPONSE_LEN],
         shared: &mut Shared,
         now: Now,
     ) -> Result<(), DropReason> {
-        let initiation =
-            self.initiation.as_mut().filter(|mine| mine.index == index).ok_or(DropReason::IndexUnknown)?;
-        if from != self.endpoint && !shared.options.roaming {
-            return Err(DropReason::OuterSource);
-        }
+        let initiation = self.initiation.as_mut().ok_or(DropReason::IndexUnknown)?;
         let keys = initiation.state.finish(message)?;
         // From here on the session owns the index, and the initiation is gone: the response cannot count twice.
         self.initiation = None;
@@ -401,7 +426,8 @@ impl Peer {
         let local = &shared.locals[local].keys;
         let PeerKeys { public, psk } = &self.config.keys;
         match local.initiate(public, &self.mac1, psk, index, stamp, ephemeral) {
-            Ok((state, message)) => {
+            Ok((state, mut message)) => {
+                self.cookies.complete_initiation(&mut message, *public, now.instant);
                 self.initiation = Some(Box::new(Initiation { state, index, sent: now.instant }));
                 shared.transmits.push_back((self.endpoint, message.to_vec()));
             }
@@ -425,6 +451,7 @@ impl Peer {
 
     fn established(&mut self, shared: &mut Shared) {
         self.end_attempt(shared);
+        self.cookies.settle();
         self.timers.clear(Timer::Silent);
         self.plan_expiry(shared);
         shared.events.push_back(Event::Established(self.id));

@@ -1,5 +1,7 @@
 //! Two transports over a simulated wire, with a clock that only the tests move.
 
+mod cookies;
+mod floods;
 mod handshake;
 mod hostile;
 mod model;

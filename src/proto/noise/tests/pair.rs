@@ -106,6 +106,8 @@ pub(super) struct Pair {
     pub(super) cut: [bool; 2],
     /// Everything that was delivered or lost.
     pub(super) log: Vec<Datagram>,
+    /// What each side sent to anybody but the other.
+    pub(super) strays: [Vec<(SocketAddr, Vec<u8>)>; 2],
     wire: BTreeMap<(Instant, u64), Datagram>,
     serial: u64,
     rng: ChaCha20Rng,
@@ -137,6 +139,7 @@ impl Pair {
             link,
             cut: [false; 2],
             log: Vec::new(),
+            strays: [Vec::new(), Vec::new()],
             wire: BTreeMap::new(),
             serial: 0,
             rng: ChaCha20Rng::seed_from_u64(7),
@@ -283,8 +286,11 @@ impl Pair {
             }
         }
         while let Some((to, bytes)) = self.sides[side].transport.poll_transmit() {
-            assert_eq!(to, address(1 - side));
-            self.put(side, bytes);
+            if to == address(1 - side) {
+                self.put(side, bytes);
+            } else {
+                self.strays[side].push((to, bytes));
+            }
         }
     }
 

@@ -2,8 +2,9 @@
 //! implementation.
 //!
 //! The vectors come from `tests/vectors/handshake.py`, a separate program on Python's `hashlib`, `hmac` and the
-//! `cryptography` package: static secrets 0x11 and 0x22, ephemeral secrets 0x33 and 0x44, pre-shared key 0x55 (32 times
-//! each), sender indices 0x01020304 and 0x0a0b0c0d, time 1700000000.123456789 s after the Unix epoch.
+//! `cryptography` package (whose ChaCha20 block function gives XChaCha20's key): static secrets 0x11 and 0x22, ephemeral secrets 0x33 and 0x44, pre-shared key 0x55 (32 times
+//! each), sender indices 0x01020304 and 0x0a0b0c0d, time 1700000000.123456789 s after the Unix epoch;
+//! cookie secret 0x66 (32 times), nonce 0x77 (24 times), sender's port 51820.
 
 use aes_gcm::Aes256Gcm;
 use chacha20poly1305::ChaCha20Poly1305;
@@ -11,6 +12,7 @@ use chacha20poly1305::aead::{AeadInOut, KeyInit};
 use proptest::prelude::*;
 use zeroize::Zeroizing;
 
+use super::super::cookie::{Cookie, CookieKey, Cookies};
 use super::super::handshake::{Mac1Key, SessionKeys, Tai64n};
 use super::super::index::ReceiverIndex;
 use super::super::session::Role;
@@ -37,6 +39,22 @@ const AES256GCM: [&str; 4] = [
      11702f749273112b54569c5d0179ca76d505a0bcd5ce90ed86dbd6c900000000000000000000000000000000",
     "040000000d0c0b0a00000000000000005cf7681ef75cdd3675b1da90e6c74f6db6cb6b9deb684fedadb6651061101aa5",
     "040000000403020100000000000000001bb0e0158596fd60e1dcbb66f5666cb3",
+];
+
+/// Sender, cookie reply to the first initiation above, and MAC2 of that initiation with the cookie.
+const COOKIES: [[&str; 3]; 2] = [
+    [
+        "10.0.0.1:51820",
+        "0300000004030201777777777777777777777777777777777777777777777777029e126a0d0f79261012332de34c7d52\
+         b1793649a4c5adc39ec666f2628dc019",
+        "8bd04fa3d7cd1021ab7dc61661cb4e3a",
+    ],
+    [
+        "[fd00::1]:51820",
+        "03000000040302017777777777777777777777777777777777777777777777779a7932b086799a59beb4fa8e05ebc310\
+         d8f668f8e176a7d0526c9ad976fde68c",
+        "fce727fe8006dd3484036cc9ad544174",
+    ],
 ];
 
 fn hex(bytes: &[u8]) -> String {
@@ -91,6 +109,26 @@ fn known_answer(suite: Suite, expected: [&str; 4]) {
     assert_eq!(hex(&keepalive), expected[3]);
     let opened = answering.open(&mut data).unwrap();
     assert_eq!((opened.counter, &data[opened.payload]), (0, &b"sixteen bytes ok"[..]));
+}
+
+#[test]
+fn cookie_reply_and_mac2_equal_the_known_answer() {
+    let text = CHACHA20POLY1305[0];
+    let bytes = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap());
+    let initiation: [u8; INITIATION_LEN] = bytes.collect::<Vec<_>>().try_into().unwrap();
+    let responder = secret(0x22).public();
+    for [from, reply, mac2] in COOKIES {
+        let cookie = Cookie::of(&[0x66; 32], from.parse().unwrap());
+        let sealed = CookieKey::new(&responder).seal(&cookie, &initiation, [0x77; 24]);
+        assert_eq!(hex(&sealed), reply);
+
+        let (mut cookies, mut message) = (Cookies::default(), initiation);
+        cookies.complete_initiation(&mut message, responder, epoch().instant);
+        assert_eq!(message, initiation, "there is no cookie yet");
+        cookies.take(&sealed, epoch().instant).unwrap();
+        cookies.complete_initiation(&mut message, responder, epoch().instant);
+        assert_eq!((&message[..132], hex(&message[132..])), (&initiation[..132], mac2.to_owned()));
+    }
 }
 
 #[test]
