@@ -4,6 +4,8 @@
 //! ([`Engine::capture_buffer`], [`Engine::receive_buffer`]), says what arrived, and then polls until nothing is left:
 //! datagrams for peers, packets for the pod, queries for resolvers, batches for the control thread.
 //!
+//! What the pod sends waits in `queue`, flow by flow, until [`Engine::poll_captured`] deals with the next burst.
+//!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
 //! who), [`update`] (how that changes), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`],
 //! [`mod@drop`] and [`account`] (every way to end, and how often).
