@@ -8,6 +8,7 @@ mod model;
 mod noise_framework;
 mod pair;
 mod rekey;
+mod storm;
 mod traffic;
 mod vectors;
 mod wycheproof;
