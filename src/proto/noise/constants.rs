@@ -84,3 +84,6 @@ pub(super) const CLOCK_SKEW: Duration = Duration::from_secs(600);
 pub(super) const KEPT_INITIATIONS: usize = 16;
 /// How long a kept initiation is worth answering: the initiator's fifth retry replaces it.
 pub(super) const KEPT_TIME: Duration = Duration::from_secs(5);
+/// How long a session outlives its project key: the peer seals with it until it has the new one, which takes a round trip,
+/// or a retry.
+pub(super) const RETIRED_LIFE: Duration = Duration::from_secs(5);

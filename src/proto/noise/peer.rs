@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::constants::{
     COOKIE_LEN, CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT,
-    RESPONSE_LEN, TAG_LEN,
+    RESPONSE_LEN, RETIRED_LIFE, TAG_LEN,
 };
 use super::cookie::Cookies;
 use super::handover::{PeerState, SessionState, after, before};
@@ -109,7 +109,7 @@ impl Peer {
     }
 
     /// Goes on where a former agent stopped at `then`. Sessions with another key than one of the directory's are left out.
-    pub(super) fn import(&mut self, state: PeerState, then: Instant, shared: &mut Shared, now: Now) {
+    pub(super) fn import(&mut self, mut state: PeerState, then: Instant, shared: &mut Shared, now: Now) {
         if !self.config.publics().any(|public| public == state.public) {
             return;
         }
@@ -118,14 +118,26 @@ impl Peer {
         }
         self.greatest_stamp = self.greatest_stamp.max(state.greatest_stamp.map(Tai64n));
         self.last_consumed = state.since_consumed.and_then(|age| before(then, age)).or(self.last_consumed);
+        let mut retired = false;
         // What this agent has made itself meanwhile is newer.
         if !self.has_session() {
             let suite = shared.options.suite;
             let config = &self.config;
+            // A session of a project key that was retired meanwhile opens what the peer still seals with it, and seals nothing.
+            let is_retired =
+                |session: &SessionState| !config.publics().any(|public| public == session.public);
+            retired = [&state.previous, &state.current, &state.next].into_iter().flatten().any(is_retired);
+            if state.current.as_ref().is_some_and(is_retired) {
+                state.previous = state.current.take();
+            }
+            state.superseded |= state.next.as_ref().is_some_and(is_retired);
             let mut session = |state: Option<SessionState>| {
-                // One of a project key that was retired meanwhile ends with it.
-                let state = state.filter(|state| config.publics().any(|public| public == state.public))?;
-                let session = Session::import(state, suite, shared.options.reject_after_messages, then)?;
+                let state = state?;
+                let is_retired = is_retired(&state);
+                let mut session = Session::import(state, suite, shared.options.reject_after_messages, then)?;
+                if is_retired {
+                    session.end_within(RETIRED_LIFE, shared.options.reject_after, now.instant);
+                }
                 let lives = session.age(now.instant) < shared.options.reject_after;
                 (lives && shared.indices.adopt(session.local, self.id)).then(|| Box::new(session))
             };
@@ -143,6 +155,9 @@ impl Peer {
             for (timer, remaining) in timers {
                 remaining.into_iter().for_each(|remaining| self.timers.set(timer, after(then, remaining)));
             }
+        }
+        if retired && self.has_session() {
+            self.start_attempt(shared, now);
         }
         if state.attempts {
             self.start_attempt(shared, now);

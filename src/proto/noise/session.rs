@@ -115,6 +115,12 @@ impl Session {
         })
     }
 
+    /// Leaves it at most `life`: it is old enough for that from now on.
+    pub(super) fn end_within(&mut self, life: Duration, reject_after: Duration, now: Instant) {
+        let created = now.checked_sub(reject_after.saturating_sub(life)).unwrap_or(self.created);
+        self.created = self.created.min(created);
+    }
+
     pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.created)
     }

@@ -7,6 +7,7 @@
 use proptest::prelude::*;
 use rand::SeedableRng;
 
+use super::super::constants::RETIRED_LIFE;
 use super::super::*;
 use super::pair::*;
 
@@ -60,6 +61,8 @@ fn op() -> impl Strategy<Value = Op> {
 struct Known {
     named: bool,
     step: usize,
+    /// When it took its last step.
+    rotated: Option<Instant>,
 }
 
 struct World {
@@ -68,6 +71,7 @@ struct World {
     known: [Known; 2],
     /// Packets received so far, all judged.
     judged: [usize; 2],
+    judged_at: Instant,
     number: u32,
     seed: u64,
 }
@@ -79,9 +83,10 @@ fn key(side: usize, n: u8) -> StaticSecret {
 impl World {
     fn new() -> Self {
         let options = Options { rekey_after: secs(20), ..Options::default() };
-        let known = [A, B].map(|_| Known { named: true, step: 0 });
+        let known = [A, B].map(|_| Known { named: true, step: 0, rotated: None });
         let pair = Pair::new(&options);
-        let mut world = Self { pair, options, known, judged: [0; 2], number: 0, seed: 2 };
+        let mut world =
+            Self { pair, options, known, judged: [0; 2], judged_at: epoch().instant, number: 0, seed: 2 };
         [A, B].into_iter().for_each(|side| world.replace(side));
         world
     }
@@ -96,7 +101,9 @@ impl World {
     /// Whether a packet from `from` may arrive at all: the receiver names it, and the two share a key.
     fn may_arrive(&self, from: usize, to: usize) -> bool {
         let shared = STEPS[self.known[from].step].iter().any(|n| STEPS[self.known[to].step].contains(n));
-        self.known[to].named && shared
+        // A session outlives its key for a moment.
+        let lately = self.known[to].rotated.is_some_and(|at| self.judged_at - at < RETIRED_LIFE);
+        self.known[to].named && (shared || lately)
     }
 
     fn operate(&mut self, op: Op) {
@@ -154,6 +161,7 @@ impl World {
         let Side { transport, peer, .. } = &mut self.pair.sides[side];
         let state = if self.known[side].named { transport.export(*peer, now) } else { None };
         self.known[side].step = (self.known[side].step + 1).min(STEPS.len() - 1);
+        self.known[side].rotated = Some(now.instant);
         self.replace(side);
         let Side { transport, peer, .. } = &mut self.pair.sides[side];
         if let Some(state) = state {
@@ -208,6 +216,7 @@ impl World {
             assert!(!arrived || self.may_arrive(1 - side, side), "a forbidden packet arrived at {side}");
             self.judged[side] = seen.len();
         }
+        self.judged_at = self.pair.now.instant;
     }
 }
 
@@ -229,7 +238,14 @@ fn session_of_a_retired_project_key_ends_with_it() {
     old.into_iter().for_each(|op| world.operate(op));
     assert!(world.pair.can_send(B), "the key is still accepted");
     world.operate(Op::Rotate(B));
-    assert!(!world.pair.can_send(B));
+    assert!(!world.pair.can_send(B), "nothing is sealed under the retired key");
+    world.operate(Op::Send(A));
+    world.operate(Op::Tick(100));
+    assert_eq!(world.pair.sides[B].received.len(), 2, "what is under way is opened");
+    world.operate(Op::Tick(5_000));
+    world.operate(Op::Send(A));
+    world.operate(Op::Tick(100));
+    assert_eq!(world.pair.sides[B].received.len(), 2, "and ends soon");
     world.operate(Op::Settle);
     assert_eq!(world.pair.sides[A].received.len(), 0);
 }
