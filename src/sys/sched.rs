@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use rustix::process::getpriority_process;
 
+/// `SCHED_FLAG_KEEP_POLICY` of linux/sched.h.
+const KEEP_POLICY: u64 = 0x08;
+
 /// `struct sched_attr` in its first version.
 #[repr(C)]
 #[derive(Default)]
@@ -30,7 +33,8 @@ struct SchedAttr {
 pub fn set_slice(slice: Duration) -> io::Result<()> {
     let attributes = SchedAttr {
         size: u32::try_from(size_of::<SchedAttr>()).expect("48 bytes"),
-        policy: libc::SCHED_OTHER.unsigned_abs(),
+        // Where an operator chose a real-time policy, the kernel refuses the rest of this.
+        flags: KEEP_POLICY,
         // What the call would otherwise change.
         nice: getpriority_process(None)?,
         runtime: u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX),

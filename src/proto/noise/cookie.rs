@@ -4,7 +4,8 @@
 //!    the sender's address and port, so nothing is stored about it; it is sealed under the responder's public key, bound
 //!    to MAC1 of that message
 //! 2. [`Cookies::take`]: the sender opens the reply to a message of its own and keeps the cookie
-//! 3. [`Cookies::complete`]: each later handshake message to that peer bears MAC2, keyed by the cookie
+//! 3. [`Cookies::complete_initiation`], [`Cookies::complete_response`]: each later handshake message to that peer bears MAC2,
+//!    keyed by the cookie
 //! 4. [`CookieSecret::is_proven`]: the responder makes the same cookie again and checks MAC2
 //!
 //! The functions below stand in that order. A reply makes nobody send: the next retry, which comes soon, bears MAC2. It

@@ -108,7 +108,7 @@ impl Peer {
         }
     }
 
-    /// Goes on where a former agent stopped at `then`. Sessions with another key than one of the directory's are left out.
+    /// Goes on where a former agent stopped at `then`, unless that knew the peer by a key that the directory does not name.
     pub(super) fn import(&mut self, mut state: PeerState, then: Instant, shared: &mut Shared, now: Now) {
         if !self.config.publics().any(|public| public == state.public) {
             return;
