@@ -20,6 +20,7 @@ python3     python3
 jq          jq
 ping        iputils-ping
 ps          procps
+strace      strace
 nsenter     util-linux
 '
 

@@ -7,7 +7,7 @@
 //!
 //! Source: udp(7), ip(7), socket(7).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -27,6 +27,8 @@ pub use crate::sys::udp::Received;
 const TUNNEL_BUFFER: i32 = 4 << 20;
 /// Destinations remembered as unable to take trains; beyond it, the failing send is simply tried each time.
 const MAX_PLAIN: usize = 4096;
+/// Sends to such a destination before a train is tried again: routes and devices change.
+const PLAIN_SENDS: u32 = 1_000;
 /// Ports of LO-HI tried before giving up.
 const PORT_ATTEMPTS: usize = 64;
 
@@ -86,8 +88,8 @@ pub struct SendError {
 #[derive(Debug)]
 pub struct TunnelSocket {
     fd: OwnedFd,
-    /// Destinations whose device or route refused a train.
-    plain: BTreeSet<IpAddr>,
+    /// Destinations whose device or route refused a train, and how many sends to go without.
+    plain: BTreeMap<IpAddr, u32>,
 }
 
 impl TunnelSocket {
@@ -113,18 +115,18 @@ impl TunnelSocket {
             Errno::EADDRNOTAVAIL => Error::NotOurs(own.ip()),
             _ => fail("bind")(source),
         })?;
-        Ok(Self { fd: socket.into(), plain: BTreeSet::new() })
+        Ok(Self { fd: socket.into(), plain: BTreeMap::new() })
     }
 
     /// Goes on with a former agent's socket.
     #[must_use]
     pub fn inherit(fd: OwnedFd) -> Self {
-        Self { fd, plain: BTreeSet::new() }
+        Self { fd, plain: BTreeMap::new() }
     }
 
     /// Sends `bytes` to `to`: one datagram or, with `segment`, as many of that size as it takes (the last may be shorter).
     ///
-    /// A train the kernel refuses is sent again one by one, and so is every later one to that address.
+    /// A train the kernel refuses is sent again one by one, and so are the next to that address.
     ///
     /// # Errors
     /// [`SendError`] says how much was taken before the failure.
@@ -133,10 +135,12 @@ impl TunnelSocket {
         if bytes.len() <= size {
             return self.send_once(to, bytes, None).map_err(|source| SendError { sent: 0, source });
         }
-        let train = if self.plain.contains(&to.ip()) {
-            size
-        } else {
-            size * (MAX_TRAIN / size).clamp(1, MAX_SEGMENTS)
+        let train = match self.plain.get_mut(&to.ip()) {
+            Some(0) | None => size * (MAX_TRAIN / size).clamp(1, MAX_SEGMENTS),
+            Some(left) => {
+                *left -= 1;
+                size
+            }
         };
         let mut sent = 0;
         for chunk in bytes.chunks(train) {
@@ -163,10 +167,13 @@ impl TunnelSocket {
 
     fn send_train(&mut self, to: SocketAddr, chunk: &[u8], size: usize) -> Result<usize, SendError> {
         let mut lasting = false;
-        if chunk.len() > size && !self.plain.contains(&to.ip()) {
+        if chunk.len() > size {
             let segment = u16::try_from(size).expect("a segment size came as u16");
             match self.send_once(to, chunk, Some(segment)) {
-                Ok(()) => return Ok(chunk.len()),
+                Ok(()) => {
+                    self.plain.remove(&to.ip());
+                    return Ok(chunk.len());
+                }
                 Err(error) => match errno(&error) {
                     // The device computes no UDP checksums, or the route takes no trains.
                     Errno::EIO | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EMSGSIZE => lasting = true,
@@ -182,8 +189,8 @@ impl TunnelSocket {
             sent += datagram.len();
         }
         // Remembered only now: datagrams too big for the path are refused either way, and say nothing about trains.
-        if lasting && self.plain.len() < MAX_PLAIN {
-            self.plain.insert(to.ip());
+        if lasting && (self.plain.len() < MAX_PLAIN || self.plain.contains_key(&to.ip())) {
+            self.plain.insert(to.ip(), PLAIN_SENDS);
         }
         Ok(sent)
     }

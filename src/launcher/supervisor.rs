@@ -35,9 +35,9 @@ const READY_LIMIT: Duration = Duration::from_secs(10);
 /// How often the namespace's name is looked up: nothing tells when it goes.
 const GONE_CHECK: Duration = Duration::from_millis(200);
 /// Signs of life that may be missing before an agent counts as frozen.
-const MISSED_MAX: u32 = 3;
-/// How often an agent is asked for one: an idle agent wakes for nothing else.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const MISSED_MAX: u32 = 2;
+/// How often an agent is asked for one: an idle agent wakes for little else, less than once a second.
+const HEARTBEAT: Duration = Duration::from_millis(1_500);
 /// An agent may take this long to hand over: it waits for DNS answers on their way.
 const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
 /// Pause before an agent that ended soon after its start is started again; doubled each time.

@@ -168,7 +168,7 @@ fn launcher_killed(lab: &Lab) {
             assert_eq!(agent(lab, pod), old, "{pod}: the new launcher did not adopt the agent");
         }
     });
-    assert_none_lost(&canary);
+    assert_lost(&canary, 0);
 }
 
 fn both_killed(lab: &Lab) {
@@ -210,7 +210,7 @@ fn upgraded(lab: &Lab) {
             thread::sleep(Duration::from_millis(200));
         }
     });
-    assert_none_lost(&canary);
+    assert_lost(&canary, 0);
 }
 
 fn launcher_leaves(lab: &Lab) {
@@ -225,7 +225,7 @@ fn launcher_leaves(lab: &Lab) {
             assert_eq!(agent(lab, pod), old, "{pod}: the new launcher did not adopt the agent");
         }
     });
-    assert_none_lost(&canary);
+    assert_lost(&canary, 0);
 }
 
 fn key_rotated(lab: &Lab) {
@@ -236,7 +236,8 @@ fn key_rotated(lab: &Lab) {
         }
     });
     crate::say(&format!("all connections after {times:?}"));
-    assert_none_lost(&canary);
+    // 20 busy connections fill what may wait for a session: a datagram behind them may go.
+    assert_lost(&canary, if crate::long() { canary.sent / 10_000 } else { 0 });
     shake_hands_anew(lab, "shop-client2");
     shake_hands_anew(lab, CLIENT);
 }
@@ -369,10 +370,11 @@ fn settle() {
     });
 }
 
-fn assert_none_lost(canary: &Canary) {
+/// At most so many datagrams are lost, and none comes twice.
+fn assert_lost(canary: &Canary, most: u64) {
     let Canary { sent, lost, twice, gaps } = canary;
     crate::say(&format!("in order: {sent} datagrams sent, {lost} lost, {twice} twice"));
-    assert!(*lost == 0 && *twice == 0, "{lost} of {sent} lost (from, count: {gaps:?}), {twice} twice");
+    assert!(*lost <= most && *twice == 0, "{lost} of {sent} lost (from, count: {gaps:?}), {twice} twice");
 }
 
 /// What the rounds took.

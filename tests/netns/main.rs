@@ -23,6 +23,7 @@ mod crash;
 mod directory;
 mod dns;
 mod escape;
+mod faults;
 mod floods;
 mod guard;
 mod hostile;
@@ -143,6 +144,7 @@ fn main() -> std::process::ExitCode {
         lifecycle::CASES,
         stopping::CASES,
         crash::CASES,
+        faults::CASES,
         takeover::CASES,
         directory::CASES,
         watch::CASES,
