@@ -578,7 +578,13 @@ fn sysctl(rng: &mut Rng, world: &World) -> Tampering {
         4 => (format!("ipv4/conf/{device}/src_valid_mark"), "1"),
         _ => ("ipv4/conf/default/accept_local".to_owned(), "1"),
     };
-    let (apply, undo) = sysctl_set(world, &name, value);
+    let (mut apply, mut undo) = sysctl_set(world, &name, value);
+    // A device that is made anew meanwhile takes the default for its own.
+    if name.contains("/default/") {
+        let (own, kept) = (name.replace("/default/", "/tenc0/"), format!("{}/sysctl.tenc0.was", world.files));
+        apply = format!("cat /proc/sys/net/{own} >{kept}; {apply}");
+        undo = format!("{undo}; cat {kept} >/proc/sys/net/{own}");
+    }
     harmless("sysctl", apply, undo)
 }
 
