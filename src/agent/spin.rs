@@ -3,6 +3,7 @@
 //!
 //! Asking costs a processor, so it is bounded twice: by [`Spin::limit`], and by what the last eight waits were like. Only while
 //! half of them ended within the limit is the next one begun awake; a pod that is idle, or speaks seldom, sleeps at once.
+//! So does one that moves much at a time: it saves no wake-up that matters, and others have use for the processor.
 //! No decisions about packets; touches nothing.
 
 use std::time::Duration;
@@ -30,6 +31,11 @@ impl Spin {
     /// How long to wait awake now.
     pub(super) fn limit(&self) -> Option<Duration> {
         (!self.limit.is_zero() && self.short.count_ones() >= ENOUGH).then_some(self.limit)
+    }
+
+    /// Throughput is what is wanted at the moment.
+    pub(super) fn forget(&mut self) {
+        self.short = 0;
     }
 
     /// Whether anybody wants to know how long waits are.
@@ -62,6 +68,9 @@ mod tests {
         assert_eq!(spin.limit(), Some(LONGEST));
         spin.note(LONG);
         assert_eq!(spin.limit(), None, "an idle pod sleeps");
+        (0..8).for_each(|_| spin.note(SHORT));
+        spin.forget();
+        assert_eq!(spin.limit(), None, "and one under load");
     }
 
     #[test]

@@ -160,6 +160,8 @@ pub struct Engine {
     balance_seed: [u8; 16],
     rng: ChaCha20Rng,
     queue: CaptureQueue,
+    /// Until when a quiet flow beside others is taken to go on.
+    quiet_until: Option<Instant>,
     receive: Vec<u8>,
     dns: Dns,
     directory: Directory,
@@ -207,6 +209,7 @@ impl Engine {
             link_mtu: config.link_mtu,
             balance_seed: config.balance_seed,
             queue: CaptureQueue::new(queue_seed),
+            quiet_until: None,
             receive: vec![0; BUFFER_LEN],
             dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),

@@ -33,6 +33,8 @@ const CHUNKS: usize = 18;
 const PLACES: usize = 256;
 /// Bytes that a flow may send at its turn.
 const QUANTUM: usize = 1 << 16;
+/// A longer burst is one of a flow that wants throughput, even where none of its others waited.
+const QUIET: usize = 2_048;
 
 /// One burst that waits: vnet header and packet.
 #[derive(Clone, Debug)]
@@ -72,6 +74,8 @@ pub(super) struct CaptureQueue {
     packets: u64,
     hasher: FixedState,
     taken: Option<Burst>,
+    /// The taken one is a quiet flow's, and went ahead of others.
+    overtook: bool,
 }
 
 impl CaptureQueue {
@@ -86,6 +90,7 @@ impl CaptureQueue {
             packets: 0,
             hasher: FixedState::with_seed(seed),
             taken: None,
+            overtook: false,
         }
     }
 
@@ -169,6 +174,7 @@ impl CaptureQueue {
             let place = &mut self.places[at];
             place.credit = place.credit.saturating_sub(burst.range.len());
             let packets = burst.packets;
+            self.overtook = line == 0 && burst.range.len() <= QUIET && self.bytes > 0;
             self.taken = Some(burst);
             return Some(packets);
         }
@@ -178,6 +184,11 @@ impl CaptureQueue {
     pub(super) fn taken(&self) -> &[u8] {
         let bytes = self.taken.as_ref().map(|burst| &self.chunks[burst.chunk].bytes[burst.range.clone()]);
         bytes.unwrap_or_default()
+    }
+
+    /// Whether that was a short burst of a flow that had nothing waiting, and others wait.
+    pub(super) fn has_overtaken(&self) -> bool {
+        self.overtook
     }
 
     /// Lends the chunk that the taken burst lies in, and where; [`Self::give_back`] ends that.
@@ -281,6 +292,22 @@ mod tests {
         let at = order.iter().position(|taken| *taken == (2, 7)).unwrap();
         assert!(at <= 1, "after {at} super-packets of the other flow");
         assert_eq!(order.len(), 12);
+    }
+
+    #[test]
+    fn only_a_short_burst_that_went_ahead_of_others_overtakes() {
+        let mut queue = CaptureQueue::new(1);
+        assert!(push(&mut queue, &burst(2, 0, 64)));
+        assert!(queue.take().is_some() && !queue.has_overtaken(), "nothing else waits");
+        for n in 0..4 {
+            assert!(push(&mut queue, &burst(1, n, 60_000)));
+        }
+        assert!(queue.take().is_some() && !queue.has_overtaken(), "it is long");
+        assert!(push(&mut queue, &burst(3, 0, 64)));
+        let overtakes =
+            std::iter::from_fn(|| queue.take().map(|_| (read(queue.taken()).0, queue.has_overtaken())));
+        let overtakes: Vec<_> = overtakes.collect();
+        assert_eq!(overtakes.iter().filter(|(_, overtook)| *overtook).collect::<Vec<_>>(), [&(3, true)]);
     }
 
     #[test]
