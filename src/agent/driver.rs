@@ -12,27 +12,32 @@
 //!
 //! `tenc0` and the tunnel's sockets are read only when the directory's routes are in place, and by a parked successor only
 //! when its predecessor has ended: until then packets queue in the kernel.
+//!
+//! What the engine polls goes out in `output`; `launcher` is what launchers say; `sources` are the descriptors.
+
+mod launcher;
+mod output;
+mod sources;
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use tracing::{debug, info, warn};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+use tracing::{debug, warn};
+
+pub(super) use launcher::Session;
+use sources::{Source, Sources};
 
 use super::applier::{Applied, Applier, Checked, Done};
-use super::control::{self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION};
+use super::control::FromAgent;
 use super::dns::{Answer, Queries, Streams, listener};
-use super::handover;
 use super::neighbour::ArpResponder;
-use super::presence::Presence;
 use super::raw_socket::RawInjector;
-use super::report;
 use super::spin::Spin;
 use super::state::StateFile;
 use super::tun::Tun;
@@ -41,8 +46,6 @@ use super::watch::{TamperCounts, Watch};
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now, Origin};
 use crate::sys::sched;
-use crate::wire::coalesce::MAX_SEGMENTS;
-use crate::wire::vnet::VNET_HEADER_LEN;
 
 /// Bursts taken from one descriptor before the others get their turn.
 const TURN: usize = 64;
@@ -55,16 +58,10 @@ const LOAD: usize = 16 << 10;
 const SLICE: Duration = Duration::from_micros(300);
 /// DNS connections taken per turn: each opens another one.
 const ACCEPTED: usize = 8;
-/// A datagram or packet that the kernel has no room for waits this long before it is dropped.
-const ROOM_WAIT_MS: u8 = 10;
 /// How often an agent without a launcher looks whether its namespace is still there.
 const PRESENCE_CHECK: Duration = Duration::from_millis(500);
-/// How long a hand-over waits for DNS answers that are on their way; nearly all come within milliseconds.
-const DNS_QUIET: Duration = Duration::from_secs(2);
 /// Events per wait.
 const EVENTS: usize = 32;
-/// IoSlices per injected packet: the vnet header and every part of a train.
-const PARTS: usize = 1 + MAX_SEGMENTS;
 /// For sockets that are read and written until nothing moves.
 const EDGES: EpollFlags =
     EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT).union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
@@ -82,46 +79,6 @@ pub(super) struct Kernel {
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
     pub(super) spin: Spin,
-}
-
-/// Who the agent is to launchers, and what it was told.
-pub(super) struct Session {
-    /// None: the launcher is gone.
-    pub(super) channel: Option<AgentChannel>,
-    pub(super) listener: OwnedFd,
-    pub(super) presence: Presence,
-    pub(super) fingerprint: [u8; 32],
-    pub(super) executable: Executable,
-    /// A predecessor still reads.
-    pub(super) parked: bool,
-}
-
-impl Session {
-    /// Says something to the launcher, if there is one. A launcher that does not read is no reason to wait.
-    pub(super) fn tell(&self, message: &FromAgent, descriptors: &[BorrowedFd<'_>]) {
-        let Some(channel) = &self.channel else { return };
-        match channel.try_send(message, descriptors) {
-            Ok(true) | Err(ChannelError::Closed) => {}
-            Ok(false) => warn!("the launcher does not read: a message is lost"),
-            Err(error) => warn!(%error, "cannot speak to the launcher"),
-        }
-    }
-}
-
-/// Who a ready descriptor belongs to.
-#[derive(Clone, Copy, Debug)]
-enum Source {
-    Tun,
-    Socket(usize),
-    Launchers,
-    Channel,
-    Applier,
-    Helper,
-    Listener(usize),
-    Arp,
-    Watch,
-    Query(QueryId),
-    Stream(StreamId),
 }
 
 /// The loop's state.
@@ -571,252 +528,8 @@ impl Driver {
         self.session.tell(&FromAgent::TunReplaced, &[self.kernel.tun.as_fd()]);
     }
 
-    /// One message per turn, and what stands behind an order to hand over: each may be 16 KiB of changes.
-    fn read_channel(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
-        loop {
-            let Some(channel) = &self.session.channel else { return Ok(None) };
-            match channel.try_recv() {
-                Ok(Some(Received::Message(message, descriptors))) => {
-                    // Nothing is handed over to a launcher that has died meanwhile: its end may stand behind the order.
-                    let reads_on = matches!(message, ToAgent::HandOver);
-                    let end = self.obey(message, descriptors, now)?;
-                    if !reads_on || end.is_some() {
-                        return Ok(end);
-                    }
-                }
-                Ok(Some(Received::Closed)) => return self.lose_launcher(token, now),
-                Ok(None) => return Ok(None),
-                // Something that it relies on may be lost, and it is told so: a launcher replaces an agent that hangs up.
-                Err(error) => {
-                    warn!(%error, "message of the launcher refused: the agent hangs up");
-                    return self.lose_launcher(token, now);
-                }
-            }
-        }
-    }
-
-    fn obey(
-        &mut self,
-        message: ToAgent,
-        mut descriptors: Vec<OwnedFd>,
-        now: Now,
-    ) -> anyhow::Result<Option<End>> {
-        match message {
-            ToAgent::Hello { .. } => self.session.tell(&FromAgent::Hello { version: VERSION }, &[]),
-            ToAgent::Adopt => {
-                info!("another launcher takes over");
-                self.announced = false;
-            }
-            ToAgent::Init(_) => warn!("second Init ignored"),
-            ToAgent::Changes(changes) => self.engine.handle_changes(changes),
-            ToAgent::Commit { generation, whole } => {
-                debug!(generation, whole, "directory changes");
-                self.committing = Some(generation);
-                self.engine.commit(whole, now);
-                self.note_committed();
-            }
-            ToAgent::Ping => {
-                self.kernel.state.write_counters(self.engine.counters());
-                self.session.tell(&FromAgent::Pong, &[]);
-            }
-            ToAgent::Report => {
-                let sockets = self.kernel.sockets.iter().map(|(_, socket)| socket);
-                for message in report::make(&self.engine, self.generation, sockets, &self.tampering, now) {
-                    self.session.tell(&message, &[]);
-                }
-            }
-            ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
-            ToAgent::Resume => self.resume(descriptors.pop(), now)?,
-            ToAgent::GuardLoaded { skeleton } => self.kernel.applier.guard_loaded(skeleton),
-            ToAgent::Stop => return Ok(Some(End::Stop)),
-        }
-        Ok(None)
-    }
-
-    /// The directory is of the generation that was committed when all of that is applied.
-    fn note_committed(&mut self) {
-        if !self.engine.is_committing() {
-            self.generation = self.committing.take().or(self.generation);
-        }
-    }
-
-    /// The launcher died. What is protected stays protected, and another launcher may come.
-    fn lose_launcher(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
-        if let Some(channel) = self.session.channel.take() {
-            self.sources.epoll.delete(&channel).context("forget the channel")?;
-        }
-        self.sources.remove(token);
-        // Half a directory counts for nothing, and nobody would make a successor go on.
-        self.engine.forget_changes();
-        self.hand_over_by = None;
-        if self.session.parked {
-            return Ok(Some(End::Abandoned));
-        }
-        warn!("launcher is gone: the directory is not updated any more");
-        self.look_at = Some(now.instant);
-        let launchers = self.session.listener.as_fd();
-        self.sources.add(Source::Launchers, launchers, EpollFlags::EPOLLIN).context("wait for a launcher")?;
-        Ok(None)
-    }
-
-    fn accept_launcher(&mut self, token: u64) -> anyhow::Result<()> {
-        let channel = match control::accept(&self.session.listener) {
-            Ok(Some(channel)) => channel,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                warn!(%error, "a launcher could not connect");
-                return Ok(());
-            }
-        };
-        self.sources
-            .add(Source::Channel, channel.as_fd(), EpollFlags::EPOLLIN)
-            .context("watch the channel")?;
-        self.sources.epoll.delete(&self.session.listener).context("close the door")?;
-        self.sources.remove(token);
-        self.session.channel = Some(channel);
-        self.look_at = None;
-        Ok(())
-    }
-
     fn is_dns_idle(&self) -> bool {
         self.engine.is_dns_idle() && self.query_tokens.is_empty() && self.streams.is_empty()
-    }
-
-    /// The predecessor has ended: what it handed over, or else what it wrote down, is gone on with.
-    fn resume(&mut self, state: Option<OwnedFd>, now: Now) -> anyhow::Result<()> {
-        if !std::mem::take(&mut self.session.parked) {
-            warn!("Resume without a predecessor ignored");
-            return Ok(());
-        }
-        let state = state.context("nothing was handed over").and_then(|fd| Ok(handover::open(fd)?));
-        if let Err(error) = state.and_then(|bytes| Ok(self.engine.import(&bytes, now)?)) {
-            warn!(error = format!("{error:#}"), "sessions are made anew");
-            self.engine.restore(&self.kernel.state.reread(), now);
-            self.engine.handle_directory(Vec::new(), now);
-        }
-        self.start_reading()
-    }
-
-    /// Hands out everything the engine has. What a successor has to know is written before anything else happens.
-    fn drain(&mut self) -> anyhow::Result<()> {
-        if !self.session.parked {
-            while let Some(record) = self.engine.poll_record() {
-                self.kernel.state.write(record);
-            }
-        }
-        while let Some(batch) = self.engine.poll_batch() {
-            self.kernel.applier.submit(batch);
-        }
-        while let Some(forward) = self.engine.poll_forward() {
-            let query = forward.query;
-            match self.kernel.queries.forward(forward) {
-                Ok(fd) => {
-                    let source = Source::Query(query);
-                    let token = self.sources.add(source, fd, EpollFlags::EPOLLIN).context("watch a query")?;
-                    self.query_tokens.insert(query, token);
-                }
-                Err(error) => {
-                    debug!(error = format!("{error:#}"), "cannot forward a query");
-                    self.engine.count_unforwarded();
-                    self.engine.handle_dns_refused(query);
-                }
-            }
-        }
-        while let Some(query) = self.engine.poll_expired_query() {
-            self.close_query(query);
-        }
-        while let Some(stream) = self.engine.poll_broken_stream() {
-            self.streams.close(stream);
-            self.forget_closed_streams();
-        }
-        while let Some((stream, message)) = self.engine.poll_stream() {
-            self.streams.answer(stream, &message);
-            // Room was made: the resolver's next messages may be read.
-            self.pump(stream, clocks());
-        }
-        // Until then the sockets are the predecessor's.
-        if !self.session.parked {
-            self.transmit();
-        }
-        self.inject()
-    }
-
-    fn transmit(&mut self) {
-        let mut refused = 0;
-        while let Some(transmit) = self.engine.poll_transmit() {
-            let socket =
-                self.kernel.sockets.iter_mut().find(|(own, _)| own.is_ipv4() == transmit.to.is_ipv4());
-            let lost = match socket {
-                Some((_, socket)) => send_all(socket, transmit.to, transmit.bytes, transmit.segment),
-                None => transmit.bytes.len().div_ceil(transmit.segment.max(1)) as u64,
-            };
-            refused += if transmit.packets { lost } else { 0 };
-        }
-        if refused > 0 {
-            self.engine.count_unsent(refused);
-        }
-    }
-
-    fn inject(&mut self) -> anyhow::Result<()> {
-        while let Some(packet) = self.engine.poll_inject() {
-            let (origin, packets) = (packet.origin, packet.packets);
-            let taken = match &self.kernel.raw {
-                None => {
-                    let header = packet.vnet.encode();
-                    let mut parts = [IoSlice::new(&[]); PARTS];
-                    match parts.get_mut(..=packet.parts.len()) {
-                        Some(parts) => {
-                            parts[0] = IoSlice::new(&header[..VNET_HEADER_LEN]);
-                            for (slot, range) in parts[1..].iter_mut().zip(packet.parts) {
-                                *slot = IoSlice::new(&packet.buffer[range.clone()]);
-                            }
-                            write_all(&self.kernel.tun, parts)
-                        }
-                        // Refused rather than cut.
-                        None => Err(io::ErrorKind::InvalidInput.into()),
-                    }
-                }
-                Some(raw) => {
-                    let mut whole: Vec<u8> = Vec::new();
-                    packet
-                        .parts
-                        .iter()
-                        .for_each(|range| whole.extend_from_slice(&packet.buffer[range.clone()]));
-                    raw.inject(&mut whole, packet.vnet.partial_checksum)
-                }
-            };
-            match taken {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    self.engine.count_uninjected(origin, packets);
-                    self.kernel.watch.note(Instant::now());
-                }
-                Err(error) => {
-                    debug!(%error, "packet not injected");
-                    self.engine.count_uninjected(origin, packets);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The directory's routes are in place: packets are read from here on, and the launcher is told.
-    fn report_ready(&mut self) -> anyhow::Result<()> {
-        // Once ready, always: a change that the kernel refuses is tried again, and keeps no launcher waiting.
-        let ready = self.ready || self.engine.is_settled();
-        let Some(generation) = self.generation.filter(|_| !self.announced && ready) else { return Ok(()) };
-        if !std::mem::replace(&mut self.ready, true) {
-            info!(generation, "protected");
-        }
-        if !self.reading && !self.session.parked {
-            self.start_reading()?;
-        }
-        let mut kept = vec![self.kernel.tun.as_fd()];
-        kept.extend(self.kernel.sockets.iter().map(|(_, socket)| socket.as_fd()));
-        let Session { fingerprint, executable, .. } = self.session;
-        self.session.tell(&FromAgent::Ready { generation, fingerprint, executable }, &kept);
-        self.announced = true;
-        Ok(())
     }
 
     /// Ends the control thread, closes every descriptor but those towards launchers.
@@ -825,70 +538,6 @@ impl Driver {
         self.kernel.applier.finish();
         (self.session, self.engine)
     }
-}
-
-/// Every descriptor that is waited for, by the token its events bear.
-struct Sources {
-    epoll: Epoll,
-    by_token: BTreeMap<u64, Source>,
-    next: u64,
-}
-
-impl Sources {
-    fn new() -> nix::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { epoll, by_token: BTreeMap::new(), next: 0 })
-    }
-
-    /// Waits for `flags` of `fd`; a closed descriptor leaves by itself, its token by [`Self::remove`].
-    fn add(&mut self, source: Source, fd: BorrowedFd<'_>, flags: EpollFlags) -> nix::Result<u64> {
-        let token = self.next;
-        self.next += 1;
-        self.epoll.add(fd, EpollEvent::new(flags, token))?;
-        self.by_token.insert(token, source);
-        Ok(token)
-    }
-
-    fn remove(&mut self, token: u64) {
-        self.by_token.remove(&token);
-    }
-
-    fn get(&self, token: u64) -> Option<Source> {
-        self.by_token.get(&token).copied()
-    }
-}
-
-/// Sends a train; returns how many datagrams the kernel refused.
-fn send_all(socket: &mut TunnelSocket, to: SocketAddr, mut bytes: &[u8], segment: usize) -> u64 {
-    let size = u16::try_from(segment).ok();
-    loop {
-        let error = match socket.send(to, bytes, size) {
-            Ok(()) => return 0,
-            Err(error) => error,
-        };
-        bytes = &bytes[error.sent.min(bytes.len())..];
-        if error.source.kind() != io::ErrorKind::WouldBlock || !has_room(socket.as_fd()) {
-            debug!(error = %error.source, %to, "datagrams not sent");
-            return bytes.len().div_ceil(segment.max(1)) as u64;
-        }
-    }
-}
-
-fn write_all(tun: &Tun, parts: &[IoSlice<'_>]) -> io::Result<()> {
-    loop {
-        match tun.write_vectored(parts) {
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && has_room(tun.as_fd()) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Waits a moment for the kernel to take more.
-fn has_room(fd: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
-    poll(&mut fds, PollTimeout::from(ROOM_WAIT_MS)).is_ok_and(|ready| ready > 0)
 }
 
 fn is_transient(error: &io::Error) -> bool {
