@@ -45,7 +45,6 @@ use super::udp::TunnelSocket;
 use super::watch::{TamperCounts, Watch};
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now, Origin};
-use crate::sys::sched;
 
 /// Bursts taken from one descriptor before the others get their turn.
 const TURN: usize = 64;
@@ -53,9 +52,6 @@ const TURN: usize = 64;
 const TURN_BYTES: usize = 160 << 10;
 /// A turn that moved more than this is one of a load: the wait after it is not spent awake.
 const LOAD: usize = 16 << 10;
-/// How long the loop runs before others that wait for its processor do: about a turn. The kernel's own 3 ms, at each of the
-/// agents on a path, are what a packet waits for on a busy node.
-const SLICE: Duration = Duration::from_micros(300);
 /// DNS connections taken per turn: each opens another one.
 const ACCEPTED: usize = 8;
 /// How often an agent without a launcher looks whether its namespace is still there.
@@ -199,9 +195,6 @@ impl Driver {
     /// A descriptor that the agent cannot do without failed: everything stays closed.
     pub(super) fn run(&mut self) -> anyhow::Result<End> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        if let Err(error) = sched::set_slice(SLICE) {
-            debug!(%error, "the kernel's own time slice stays");
-        }
         let mut now = clocks();
         loop {
             let count = match self.wait(&mut events, now) {

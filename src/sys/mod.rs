@@ -7,6 +7,5 @@ pub mod exec;
 pub mod fd;
 pub mod netns;
 pub mod packet;
-pub mod sched;
 pub mod tun;
 pub mod udp;
