@@ -27,7 +27,7 @@ use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, protocol};
 /// Most flows per agent; about 128 bytes each.
 pub const MAX_FLOWS: usize = 65_536;
 /// Slots looked at per sweep: each is seen every 16 s.
-const SWEEP: usize = 4096;
+const SWEEP: usize = 32_768;
 /// Slots looked at per call: were all of them over, the journal would be written for less than half a millisecond.
 const STEP: usize = 256;
 /// Slots looked at to make room in a full table.
