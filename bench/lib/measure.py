@@ -32,7 +32,8 @@ STREAMS, QUICK_STREAMS = (1, 5, 10, 20), (1, 5, 10)
 REKEYS, REKEY_AFTER = 15, 2
 # The search for the highest rate without loss: from beyond what the sender can do, to 5 %.
 HIGHEST, STEPS, STEP_SECONDS = 400_000, 10, 2
-SETTLE, WATCH = 2.0, 10.0
+# After the last packet, keepalives and neighbour probes go on for a while.
+SETTLE, WATCH = 15.0, 10.0
 
 
 class Measure:
@@ -187,7 +188,7 @@ class Measure:
                 self.values["flows"] = float(flows)
 
     def rest(self):
-        time.sleep(SETTLE)
+        time.sleep(SETTLE / 5 if self.quick else SETTLE)
         self.values["idle1000"] = self.row.private_bytes() / 1e6
         before = [shell.switches(pid) for end in "ab" for pid in self.row.memory_pids(end)]
         watch = WATCH / 2 if self.quick else WATCH

@@ -70,7 +70,7 @@ use update::Update;
 /// Largest packet the kernel hands over or takes: vnet header and 64 KiB.
 pub const BUFFER_LEN: usize = 10 + 65_536;
 /// Flows are swept so often while there are any: what is idle is not to be woken more than once a second in all.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(8);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(16);
 
 /// The two clocks the protocol reads, taken once per wake-up by the driver.
 #[derive(Clone, Copy, Debug)]
