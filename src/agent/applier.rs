@@ -28,6 +28,7 @@ use super::watch::Tampering;
 use crate::proto::ladder::Mode;
 use crate::proto::mtu::{inner_mtu, tun_mtu};
 use crate::proto::routing::{Batch, BatchId, RouteChange};
+use crate::sys::memory;
 
 /// Below this MTU a device has no IPv6. Source: RFC 8200 §5.
 const IPV6_MIN_MTU: u32 = 1_280;
@@ -136,7 +137,12 @@ impl Applier {
                         let ended = kernel.flows.ended();
                         Done::Applied(Applied { id: batch.id, outcome, ended })
                     }
-                    Ok(Order::Check) => Done::Checked(kernel.check()),
+                    Ok(Order::Check) => {
+                        let checked = kernel.check();
+                        // Every route and element was read: megabytes, and not again for a while.
+                        memory::give_back();
+                        Done::Checked(checked)
+                    }
                     Ok(Order::GuardLoaded(skeleton)) => Done::Checked(kernel.guard_loaded(skeleton)),
                     Err(RecvTimeoutError::Timeout) => {
                         kernel.sweep_at = Instant::now() + flows::SWEEP;

@@ -5,6 +5,7 @@
 pub mod async_fd;
 pub mod exec;
 pub mod fd;
+pub mod memory;
 pub mod netns;
 pub mod packet;
 pub mod tun;
