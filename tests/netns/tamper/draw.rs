@@ -581,7 +581,9 @@ fn sysctl(rng: &mut Rng, world: &World) -> Tampering {
     let (mut apply, mut undo) = sysctl_set(world, &name, value);
     // A device that is made anew meanwhile takes the default for its own.
     if name.contains("/default/") {
-        let (own, kept) = (name.replace("/default/", "/tenc0/"), format!("{}/sysctl.tenc0.was", world.files));
+        let own = name.replace("/default/", "/tenc0/");
+        // A name of its own: the other of a pair keeps what it changes, too.
+        let kept = format!("{}/{}.own", world.files, own.replace('/', "."));
         apply = format!("cat /proc/sys/net/{own} >{kept}; {apply}");
         undo = format!("{undo}; cat {kept} >/proc/sys/net/{own}");
     }
