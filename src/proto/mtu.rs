@@ -2,8 +2,6 @@
 
 use std::net::IpAddr;
 
-pub use super::noise::{HEADER_LEN as RECORD_HEADER, TAG_LEN as RECORD_TAG};
-
 /// Most bytes in one train of datagrams. With the headers of an overlay (VXLAN, Geneve with options) before it, a longer
 /// one passes 65,535 bytes and is cut in software on the way, which costs half the throughput.
 pub const MAX_TRAIN: usize = 65_000;

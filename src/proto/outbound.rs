@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 
 use super::account::packets_of;
 use super::drop::DropReason;
-use super::mtu::{self, RECORD_HEADER, RECORD_TAG};
+use super::mtu;
 use super::nat::{Direction, Kind, Tuple};
 use super::{Captured, Engine, Now, Origin, Owned, balance, is_unicast, push_answer};
 use crate::wire::icmp::IcmpError;
 use crate::wire::packet::{Packet, TCP_ACK, TCP_SYN, protocol};
 use crate::wire::rewrite::{self, Rewrite};
-use crate::wire::segment;
+use crate::wire::segment::Cut;
 use crate::wire::tcp_reset::tcp_reset;
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
@@ -341,11 +341,8 @@ impl Engine {
             rewrite::apply(bytes, &packet, change, vnet.partial_checksum.is_some());
             packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
         }
-        let arena = self.transmits.arena();
-        let start = arena.len();
-        let split = segment::split(bytes, &packet, &vnet, RECORD_HEADER, RECORD_TAG, arena);
-        let split = split.ok_or(DropReason::Malformed)?;
-        self.peers.send(peer, &mut self.transmits, start, split, now, &mut self.counters);
+        let cut = Cut::new(bytes, &packet, &vnet).ok_or(DropReason::Malformed)?;
+        self.peers.send(peer, &mut self.transmits, cut, now, &mut self.counters);
         Ok(())
     }
 

@@ -18,9 +18,11 @@ use super::directory::Workload;
 use super::drop::DropReason;
 use super::journal::LivePeers;
 use super::ladder::{Ladder, Probe};
-use super::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
-use super::noise::{Event, PeerConfig, PeerId, PeerState, Transport};
-use crate::wire::segment::Split;
+use super::mtu::{MAX_SEGMENTS, MAX_TRAIN};
+use super::noise::{
+    Event, HEADER_LEN, PeerConfig, PeerId, PeerState, Sealer, TAG_LEN, Transport, record_len,
+};
+use crate::wire::segment::Cut;
 
 /// Packets staged per peer.
 const STAGED: usize = 128;
@@ -34,7 +36,9 @@ const STAGED_LIFE: Duration = Duration::from_secs(3);
 /// Datagrams ready to be sent, in one arena that is reused.
 #[derive(Debug, Default)]
 pub struct Transmits {
+    /// Never shortened; what lies beyond `end` is left of former sends.
     arena: Vec<u8>,
+    end: usize,
     queue: VecDeque<(SocketAddr, Range<usize>, usize)>,
 }
 
@@ -52,12 +56,36 @@ pub struct Transmit<'a> {
 }
 
 impl Transmits {
-    /// Where new records are appended. Empty again once everything was polled.
-    pub fn arena(&mut self) -> &mut Vec<u8> {
+    /// Room for `len` more bytes. Everything before is free again once all was polled.
+    fn room(&mut self, len: usize) -> Range<usize> {
         if self.queue.is_empty() {
-            self.arena.clear();
+            self.end = 0;
         }
-        &mut self.arena
+        let range = self.end..self.end + len;
+        if self.arena.len() < range.end {
+            self.arena.resize(range.end, 0);
+        }
+        range
+    }
+
+    /// Seals the packets that `each` gives one after the other, and queues the records, whose lengths `split` says.
+    ///
+    /// An error means that none is sent. Some may have taken counters: those are not used again.
+    fn seal(
+        &mut self,
+        sealer: &mut Sealer<'_>,
+        split: Split,
+        each: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), DropReason>) -> Result<(), DropReason>,
+    ) -> Result<(), DropReason> {
+        let range = self.room(split.len());
+        let mut records = self.arena[range.clone()].chunks_mut(split.record_len);
+        each(&mut |packet| sealer.seal(packet, records.next().ok_or(DropReason::Malformed)?))?;
+        if records.next().is_some() {
+            return Err(DropReason::Malformed);
+        }
+        self.end = range.end;
+        self.push(sealer.endpoint(), range, split.record_len);
+        Ok(())
     }
 
     /// Queues records; those that may share a send with the ones before them do.
@@ -81,7 +109,7 @@ impl Transmits {
 
     /// Bytes that wait to be sent.
     pub fn waiting(&self) -> usize {
-        if self.queue.is_empty() { 0 } else { self.arena.len() }
+        if self.queue.is_empty() { 0 } else { self.end }
     }
 
     /// Queues what a former agent had no time to send.
@@ -89,11 +117,10 @@ impl Transmits {
         if records.is_empty() || segment == 0 || records.len() > 2 * MAX_TRAIN {
             return;
         }
-        let arena = self.arena();
-        let start = arena.len();
-        arena.extend_from_slice(records);
-        let end = arena.len();
-        self.queue.push_back((to, start..end, segment));
+        let range = self.room(records.len());
+        self.arena[range.clone()].copy_from_slice(records);
+        self.end = range.end;
+        self.queue.push_back((to, range, segment));
     }
 
     /// The next send.
@@ -103,10 +130,50 @@ impl Transmits {
     }
 }
 
+/// The records that one burst becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Split {
+    /// Bytes of every record but the last.
+    record_len: usize,
+    /// Bytes of the last record; `record_len` where there is one.
+    last_len: usize,
+    /// At least 1.
+    count: usize,
+}
+
+impl Split {
+    fn of(cut: &Cut<'_>) -> Self {
+        let (each, last) = cut.lengths();
+        Self { record_len: record_len(each), last_len: record_len(last), count: cut.count() }
+    }
+
+    /// Bytes of all records.
+    fn len(&self) -> usize {
+        self.record_len * (self.count - 1) + self.last_len
+    }
+}
+
+/// A burst that waits for a session: padded packets, where the records will have them.
 struct Staged {
     until: Instant,
     records: Vec<u8>,
     split: Split,
+}
+
+impl Staged {
+    fn of(mut cut: Cut<'_>, until: Instant) -> Self {
+        let split = Split::of(&cut);
+        let mut records = vec![0; split.len()];
+        let mut rooms = records.chunks_mut(split.record_len);
+        while let (Some(packet), Some(room)) = (cut.next_packet(), rooms.next()) {
+            room[HEADER_LEN..HEADER_LEN + packet.len()].copy_from_slice(packet);
+        }
+        Self { until, records, split }
+    }
+
+    fn packets(&self) -> impl Iterator<Item = &[u8]> {
+        self.records.chunks(self.split.record_len).map(|record| &record[HEADER_LEN..record.len() - TAG_LEN])
+    }
 }
 
 /// A peer with its sessions and its staged packets, for a successor.
@@ -126,13 +193,16 @@ struct StagedHandover {
     count: usize,
 }
 
+/// No record is shorter.
+const KEEPALIVE: usize = record_len(0);
+
 impl StagedHandover {
     /// `None` where the lengths contradict one another.
     fn import(self, then: Instant) -> Option<Staged> {
         let Self { remaining, records, record_len, last_len, count } = self;
-        let least = RECORD_HEADER + RECORD_TAG;
         let whole = count.checked_sub(1)?.checked_mul(record_len)?.checked_add(last_len)?;
-        let fits = whole == records.len() && count <= STAGED && least <= last_len && last_len <= record_len;
+        let fits =
+            whole == records.len() && count <= STAGED && KEEPALIVE <= last_len && last_len <= record_len;
         let split = Split { record_len, last_len, count };
         fits.then(|| Staged { until: then + remaining.min(STAGED_LIFE), records, split })
     }
@@ -258,9 +328,7 @@ impl Peers {
                 self.to_begin.push_back((now.instant, id));
             }
             for old in staged.into_iter().filter_map(|old| old.import(then)) {
-                let start = transmits.arena().len();
-                transmits.arena.extend_from_slice(&old.records);
-                self.send_or_stage(address, transmits, start, old.split, old.until, now, counters);
+                self.send_staged(id, old, transmits, now, counters);
             }
         }
     }
@@ -330,63 +398,60 @@ impl Peers {
         self.by_id.get(&id).map(|peer| peer.address)
     }
 
-    /// Seals the records that `split` describes, which lie at `start` in the arena, and queues them; without a session
-    /// they are staged and a handshake begins.
+    /// Seals a burst for `to` and queues it; without a session it is staged, and a handshake begins.
     pub fn send(
         &mut self,
         to: IpAddr,
         transmits: &mut Transmits,
-        start: usize,
-        split: Split,
-        now: Now,
-        counters: &mut Counters,
-    ) {
-        self.send_or_stage(to, transmits, start, split, now.instant + STAGED_LIFE, now, counters);
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "`send` with the end of the wait")]
-    fn send_or_stage(
-        &mut self,
-        to: IpAddr,
-        transmits: &mut Transmits,
-        start: usize,
-        split: Split,
-        until: Instant,
+        mut cut: Cut<'_>,
         now: Now,
         counters: &mut Counters,
     ) {
         let Some(&id) = self.by_address.get(&to) else {
-            transmits.arena.truncate(start);
-            counters.outbound_drops.add(DropReason::PeerGone, split.count as u64);
+            counters.outbound_drops.add(DropReason::PeerGone, cut.count() as u64);
             return;
         };
-        if let Some(mut sealer) = self.transport.seal(id, now) {
-            let end = start + len(&split);
-            let mut records = transmits.arena[start..end].chunks_mut(split.record_len);
-            match records.try_for_each(|record| sealer.seal(record)) {
-                Ok(()) => {
-                    counters.sealed += split.count as u64;
-                    transmits.push(sealer.endpoint(), start..end, split.record_len);
-                }
-                // Part of the burst may have taken counters: none of it is used again.
-                Err(reason) => {
-                    transmits.arena.truncate(start);
-                    counters.outbound_drops.add(reason, split.count as u64);
-                }
+        let Some(mut sealer) = self.transport.seal(id, now) else {
+            return self.stage(id, Staged::of(cut, now.instant + STAGED_LIFE), now, counters);
+        };
+        let split = Split::of(&cut);
+        let sealed = transmits.seal(&mut sealer, split, |seal| {
+            while let Some(packet) = cut.next_packet() {
+                seal(packet)?;
             }
-            return;
-        }
+            Ok(())
+        });
+        count(sealed, split, counters);
+    }
+
+    /// The same for a burst that was staged.
+    fn send_staged(
+        &mut self,
+        id: PeerId,
+        staged: Staged,
+        transmits: &mut Transmits,
+        now: Now,
+        counters: &mut Counters,
+    ) {
+        let Some(mut sealer) = self.transport.seal(id, now) else {
+            return self.stage(id, staged, now, counters);
+        };
+        let sealed = transmits.seal(&mut sealer, staged.split, |seal| staged.packets().try_for_each(seal));
+        count(sealed, staged.split, counters);
+    }
+
+    fn stage(&mut self, id: PeerId, staged: Staged, now: Now, counters: &mut Counters) {
         self.transport.begin(id, now);
         let peer = self.by_id.get_mut(&id).expect("every id in by_address is in by_id");
-        if peer.packets + split.count > STAGED || self.staged + split.count > STAGED_TOTAL {
-            counters.outbound_drops.add(DropReason::QueueFull, split.count as u64);
-        } else {
-            peer.packets += split.count;
-            self.staged += split.count;
-            peer.staged.push_back(Staged { until, records: transmits.arena[start..].to_vec(), split });
-            self.waiting.entry(id).or_insert(until);
+        let packets = staged.split.count;
+        if peer.packets + packets > STAGED || self.staged + packets > STAGED_TOTAL {
+            counters.outbound_drops.add(DropReason::QueueFull, packets as u64);
+            return;
         }
-        transmits.arena.truncate(start);
+        peer.packets += packets;
+        self.staged += packets;
+        self.waiting.entry(id).or_insert(staged.until);
+        peer.staged.push_back(staged);
     }
 
     /// Sends what was staged for peers whose session became ready. `ladder` is told who answered and who did not.
@@ -418,13 +483,11 @@ impl Peers {
             if let Some(ladder) = ladder.as_deref_mut() {
                 ladder.handle_able(peer.address, now);
             }
-            let (address, staged) = (peer.address, std::mem::take(&mut peer.staged));
+            let staged = std::mem::take(&mut peer.staged);
             self.staged -= std::mem::take(&mut peer.packets);
             self.waiting.remove(&id);
-            for Staged { records, split, .. } in staged {
-                let start = transmits.arena().len();
-                transmits.arena.extend_from_slice(&records);
-                self.send(address, transmits, start, split, now, counters);
+            for staged in staged {
+                self.send_staged(id, staged, transmits, now, counters);
             }
         }
     }
@@ -439,9 +502,7 @@ impl Peers {
             while let Some(old) = peer.staged.pop_front_if(|staged| staged.until <= now.instant) {
                 peer.packets -= old.split.count;
                 self.staged -= old.split.count;
-                for record in old.records.chunks(old.split.record_len) {
-                    expired(&record[RECORD_HEADER..record.len() - RECORD_TAG]);
-                }
+                old.packets().for_each(&mut expired);
             }
             match peer.staged.front() {
                 Some(next) => self.waiting.insert(id, next.until),
@@ -458,7 +519,10 @@ impl Peers {
     }
 }
 
-/// Length of all records of a split, in bytes.
-fn len(split: &Split) -> usize {
-    split.record_len * (split.count - 1) + split.last_len
+/// Counts a burst that was sealed, or not.
+fn count(sealed: Result<(), DropReason>, split: Split, counters: &mut Counters) {
+    match sealed {
+        Ok(()) => counters.sealed += split.count as u64,
+        Err(reason) => counters.outbound_drops.add(reason, split.count as u64),
+    }
 }

@@ -1,8 +1,7 @@
-//! A captured burst becomes records, each ready to be sealed in place.
+//! A captured burst becomes packets, one after the other, in its own buffer: nothing is copied but headers.
 //!
-//! `headroom | one complete IP packet | zeros up to a multiple of 16 | tailroom`, record after record, all but the
-//! last of equal length, so that one send with segmentation offload carries them. The payload is copied once and
-//! summed while it is hot; headers are summed once per burst and adjusted per segment.
+//! The headers of each packet go where the payload of the packet before it ended, so every packet must be done with
+//! before the next is made. Payload is summed then; headers are summed once per burst and adjusted per packet.
 //!
 //! Checksums start from the partial state that the kernel left in the field, not from the addresses: a wrong
 //! pseudo-header stays wrong, and a routing header's final destination stays in it.
@@ -15,81 +14,97 @@ use super::{read16, read32, write16, write32};
 
 /// Most segments of one burst. The device is told 64; the rest is room for kernels that ignore it.
 const MAX_SEGMENTS: usize = 512;
-/// Plaintext is padded to this (WireGuard paper §5.4.6).
-const PADDING: usize = 16;
 
-/// The records that one burst became.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Split {
-    /// Length of every record but the last, in bytes, headroom and tailroom included.
-    pub record_len: usize,
-    /// Length of the last record; equal to `record_len` where there is one.
-    pub last_len: usize,
-    /// Number of records, at least 1.
-    pub count: usize,
+/// One packet or super-packet that is being cut.
+pub struct Cut<'a> {
+    bytes: &'a mut [u8],
+    /// `None`: one packet, not to be cut.
+    template: Option<Template>,
+    /// Payload bytes of each packet but the last.
+    size: usize,
+    count: usize,
+    /// The next packet.
+    index: usize,
 }
 
-/// Appends the records of one packet or super-packet to `out`; its addresses are already the final ones.
-///
-/// `headroom` and `tailroom` bytes are left before and after each padded packet; their content is unspecified
-/// (zero, and to be overwritten). `None`, and `out` as before: the offload state contradicts the packet.
-pub fn split(
-    bytes: &[u8],
-    packet: &Packet,
-    vnet: &VnetHeader,
-    headroom: usize,
-    tailroom: usize,
-    out: &mut Vec<u8>,
-) -> Option<Split> {
-    let bytes = bytes.get(..packet.len)?;
-    let room = Room { headroom, tailroom };
-    let (size, kind) = match (vnet.gso, packet.protocol, packet.version) {
-        (Gso::None, ..) => return single(bytes, vnet, room, out),
-        (Gso::Tcp4(size), protocol::TCP, Version::V4) | (Gso::Tcp6(size), protocol::TCP, Version::V6) => {
-            (usize::from(size), Kind::Tcp)
-        }
-        (Gso::Udp(size), protocol::UDP, _) => (usize::from(size), Kind::Udp),
-        _ => return None,
-    };
-    let (transport_len, checksum_at) = match kind {
-        Kind::Tcp => (packet.tcp_header_len(bytes)?, 16),
-        Kind::Udp => (8, 6),
-    };
-    let start = usize::from(vnet.partial_checksum.filter(|(_, at)| *at == checksum_at)?.0);
-    if packet.fragment.is_some() || start != packet.transport || size == 0 {
-        return None;
-    }
-    let header_len = packet.transport + transport_len;
-    let payload = bytes.get(header_len..)?;
-    if payload.len() <= size {
-        return single(bytes, vnet, room, out);
-    }
-    let count = payload.len().div_ceil(size);
-    if count > MAX_SEGMENTS {
-        return None;
-    }
-    let template = Template::new(bytes, packet, header_len, kind)?;
-    let record_len = room.record_len(header_len + size);
-    out.reserve(record_len * count);
-    let restore = out.len();
-    let mut last_len = 0;
-    for (index, chunk) in payload.chunks(size).enumerate() {
-        last_len = room.record_len(header_len + chunk.len());
-        let record = out.len();
-        out.resize(record + headroom, 0);
-        out.extend_from_slice(template.header);
-        out.extend_from_slice(chunk);
-        let segment = out.get_mut(record + headroom..)?;
-        if template.patch(segment, index, size, index + 1 == count).is_none() {
-            out.truncate(restore);
+impl<'a> Cut<'a> {
+    /// Begins to cut `bytes`, whose addresses are already the final ones. Of one packet that is not to be cut, a partial
+    /// checksum is completed. `None`: the offload state contradicts the packet.
+    pub fn new(bytes: &'a mut [u8], packet: &Packet, vnet: &VnetHeader) -> Option<Self> {
+        let bytes = bytes.get_mut(..packet.len)?;
+        let (size, kind) = match (vnet.gso, packet.protocol, packet.version) {
+            (Gso::None, ..) => return Self::single(bytes, vnet),
+            (Gso::Tcp4(size), protocol::TCP, Version::V4) | (Gso::Tcp6(size), protocol::TCP, Version::V6) => {
+                (usize::from(size), Kind::Tcp)
+            }
+            (Gso::Udp(size), protocol::UDP, _) => (usize::from(size), Kind::Udp),
+            _ => return None,
+        };
+        let (transport_len, checksum_at) = match kind {
+            Kind::Tcp => (packet.tcp_header_len(bytes)?, 16),
+            Kind::Udp => (8, 6),
+        };
+        let start = usize::from(vnet.partial_checksum.filter(|(_, at)| *at == checksum_at)?.0);
+        if packet.fragment.is_some() || start != packet.transport || size == 0 {
             return None;
         }
-        out.resize(record + last_len, 0);
+        let header_len = packet.transport + transport_len;
+        let payload = bytes.get(header_len..)?;
+        if payload.len() <= size {
+            return Self::single(bytes, vnet);
+        }
+        let count = payload.len().div_ceil(size);
+        if count > MAX_SEGMENTS {
+            return None;
+        }
+        let template = Template::new(bytes, packet, header_len, kind)?;
+        Some(Self { bytes, template: Some(template), size, count, index: 0 })
     }
-    Some(Split { record_len, last_len, count })
+
+    fn single(bytes: &'a mut [u8], vnet: &VnetHeader) -> Option<Self> {
+        if let Some((start, offset)) = vnet.partial_checksum {
+            complete_partial(bytes, usize::from(start), usize::from(offset))?;
+        }
+        Some(Self { bytes, template: None, size: 0, count: 1, index: 0 })
+    }
+
+    /// Number of packets, at least 1.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Length of every packet but the last, and of the last, in bytes. Equal where there is one.
+    #[must_use]
+    pub fn lengths(&self) -> (usize, usize) {
+        let whole = self.bytes.len();
+        match &self.template {
+            None => (whole, whole),
+            Some(template) => (template.header_len + self.size, whole - self.size * (self.count - 1)),
+        }
+    }
+
+    /// Makes the next packet, on top of those before it. `None` after the last.
+    pub fn next_packet(&mut self) -> Option<&[u8]> {
+        let index = self.index;
+        if index == self.count {
+            return None;
+        }
+        self.index += 1;
+        let Some(template) = &self.template else { return Some(self.bytes) };
+        let start = index * self.size;
+        let header_len = template.header_len;
+        if let Some(before) = start.checked_sub(self.size) {
+            self.bytes.copy_within(before..before + header_len, start);
+        }
+        let end = (start + header_len + self.size).min(self.bytes.len());
+        let packet = self.bytes.get_mut(start..end)?;
+        template.patch(packet, index, self.size, index + 1 == self.count)?;
+        Some(packet)
+    }
 }
 
-/// Packets that [`split`] makes of one packet or super-packet, where it makes any: 1 without looking at an ordinary one.
+/// Packets that [`Cut`] makes of one packet or super-packet, where it makes any: 1 without looking at an ordinary one.
 pub fn count(bytes: &[u8], vnet: &VnetHeader, packet: impl FnOnce() -> Option<Packet>) -> Option<usize> {
     let size = match vnet.gso {
         Gso::None => return Some(1),
@@ -104,37 +119,6 @@ pub fn count(bytes: &[u8], vnet: &VnetHeader, packet: impl FnOnce() -> Option<Pa
     Some(payload.div_ceil(size.max(1)).max(1))
 }
 
-/// One packet that is not to be cut; a partial checksum is completed.
-fn single(bytes: &[u8], vnet: &VnetHeader, room: Room, out: &mut Vec<u8>) -> Option<Split> {
-    let len = room.record_len(bytes.len());
-    let record = out.len();
-    out.reserve(len);
-    out.resize(record + room.headroom, 0);
-    out.extend_from_slice(bytes);
-    if let Some((start, offset)) = vnet.partial_checksum {
-        let packet = out.get_mut(record + room.headroom..)?;
-        if complete_partial(packet, usize::from(start), usize::from(offset)).is_none() {
-            out.truncate(record);
-            return None;
-        }
-    }
-    out.resize(record + len, 0);
-    Some(Split { record_len: len, last_len: len, count: 1 })
-}
-
-/// Bytes around each padded packet.
-#[derive(Clone, Copy)]
-struct Room {
-    headroom: usize,
-    tailroom: usize,
-}
-
-impl Room {
-    fn record_len(self, packet: usize) -> usize {
-        self.headroom + packet.next_multiple_of(PADDING) + self.tailroom
-    }
-}
-
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Tcp,
@@ -142,8 +126,8 @@ enum Kind {
 }
 
 /// The headers of a super-packet, summed without the fields that differ between segments.
-struct Template<'a> {
-    header: &'a [u8],
+struct Template {
+    header_len: usize,
     kind: Kind,
     version: Version,
     transport: usize,
@@ -158,8 +142,8 @@ struct Template<'a> {
     flags: u16,
 }
 
-impl<'a> Template<'a> {
-    fn new(bytes: &'a [u8], packet: &Packet, header_len: usize, kind: Kind) -> Option<Self> {
+impl Template {
+    fn new(bytes: &[u8], packet: &Packet, header_len: usize, kind: Kind) -> Option<Self> {
         let header = bytes.get(..header_len)?;
         let (ip, transport) = header.split_at_checked(packet.transport)?;
         let (ip_sum, id) = match packet.version {
@@ -178,7 +162,7 @@ impl<'a> Template<'a> {
             Kind::Udp => (read16(transport, 4)?, 0, 0),
         };
         Some(Self {
-            header,
+            header_len,
             kind,
             version: packet.version,
             transport: packet.transport,
@@ -190,7 +174,7 @@ impl<'a> Template<'a> {
         })
     }
 
-    /// Makes `segment` (a copy of the headers, and payload) the `index`th of its burst.
+    /// Makes `segment` (headers of the burst or of another segment, and payload) the `index`th of its burst.
     fn patch(&self, segment: &mut [u8], index: usize, size: usize, last: bool) -> Option<()> {
         let len = u16::try_from(segment.len()).ok()?;
         match self.version {
@@ -204,7 +188,7 @@ impl<'a> Template<'a> {
         }
         let transport = segment.get_mut(self.transport..)?;
         let transport_len = u16::try_from(transport.len()).ok()?;
-        let payload = sum(transport.get(self.header.len() - self.transport..)?);
+        let payload = sum(transport.get(self.header_len - self.transport..)?);
         let base = add(add(self.transport_sum, transport_len), payload);
         match self.kind {
             Kind::Tcp => {

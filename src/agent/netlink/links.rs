@@ -14,7 +14,8 @@ use nix::errno::Errno;
 
 use super::request::Request;
 use super::{Error, Netlink, Object, family, host_len};
-use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN, RECORD_HEADER, RECORD_TAG};
+use crate::proto::mtu::{MAX_SEGMENTS, MAX_TRAIN};
+use crate::proto::noise::record_len;
 
 /// Largest super-packet, so that one read of `tenc0` is one send with UDP_SEGMENT.
 const GSO_MAX_SIZE: u32 = 61_000;
@@ -255,7 +256,7 @@ fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
 
 /// Most segments of a super-packet: sealed, they still fit one train.
 fn max_segments(mtu: u32) -> u32 {
-    let [train, most, record] = [MAX_TRAIN, MAX_SEGMENTS, RECORD_HEADER + RECORD_TAG]
-        .map(|n| u32::try_from(n).expect("below 65,536"));
+    let [train, most, record] =
+        [MAX_TRAIN, MAX_SEGMENTS, record_len(0)].map(|n| u32::try_from(n).expect("below 65,536"));
     (train / (mtu + record)).clamp(1, most)
 }

@@ -37,6 +37,12 @@ pub const TAG_LEN: usize = 16;
 /// Plaintext is padded with zeros to a multiple of this many bytes.
 pub const PADDING: usize = 16;
 
+/// Bytes of the transport data message that carries a packet of `packet` bytes.
+#[must_use]
+pub const fn record_len(packet: usize) -> usize {
+    HEADER_LEN + packet.next_multiple_of(PADDING) + TAG_LEN
+}
+
 /// The initiator of a session makes a new one when it sends on one this old.
 pub(super) const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
 /// A session this old neither seals nor opens.

@@ -49,7 +49,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand_chacha::ChaCha20Rng;
 
-pub use constants::{HEADER_LEN, PADDING, TAG_LEN};
+pub use constants::{HEADER_LEN, PADDING, TAG_LEN, record_len};
 pub use handover::PeerState;
 pub use index::PeerId;
 pub use keys::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
@@ -189,14 +189,13 @@ pub struct Sealer<'a> {
 }
 
 impl Sealer<'_> {
-    /// Seals `record` in place: [`HEADER_LEN`] bytes of room, the plaintext padded to [`PADDING`], [`TAG_LEN`] bytes
-    /// of room. Takes one counter.
+    /// Seals `packet`, padded with zeros, into `record`, which has its [`record_len`]. Takes one counter.
     ///
     /// # Errors
-    /// [`DropReason::SessionExpired`] when the last counter is used up, [`DropReason::Malformed`] when there is no room
-    /// for header and tag. The record must not be sent then.
-    pub fn seal(&mut self, record: &mut [u8]) -> Result<(), DropReason> {
-        self.session.seal(record)
+    /// [`DropReason::SessionExpired`] when the last counter is used up, [`DropReason::Malformed`] when the record has
+    /// another length. The record must not be sent then.
+    pub fn seal(&mut self, packet: &[u8], record: &mut [u8]) -> Result<(), DropReason> {
+        self.session.seal(packet, record)
     }
 
     /// Where the records go.

@@ -518,7 +518,7 @@ impl Peer {
         self.rekey_on_sending(shared, now);
         let Some(session) = self.keypairs.current.as_mut() else { return };
         let mut record = vec![0; HEADER_LEN + TAG_LEN];
-        if session.seal(&mut record).is_ok() {
+        if session.seal(&[], &mut record).is_ok() {
             shared.transmits.push_back((self.endpoint, record));
         }
         if std::mem::take(&mut self.another_keepalive) {

@@ -1,6 +1,6 @@
 //! Sessions: the keys of one finished handshake, and the up to three sessions of a peer.
 //!
-//! - seal: take a counter, write the header, encrypt in place
+//! - seal: take a counter, write the header, encrypt behind it
 //! - open: limits, replay check, decrypt in place; `accept` then marks the counter
 //! - `next` was offered to the peer and waits for its first message; `current` seals; `previous` still opens what was
 //!   under way when `current` replaced it
@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::PublicKey;
-use super::constants::{HEADER_LEN, TAG_LEN, TYPE_DATA};
+use super::constants::{HEADER_LEN, PADDING, TYPE_DATA, record_len};
 use super::handover::{SessionState, TransportKey, before};
 use super::handshake::{SessionKeys, index_at};
 use super::index::ReceiverIndex;
@@ -135,11 +135,12 @@ impl Session {
         self.next_counter < self.reject_after_messages
     }
 
-    pub(super) fn seal(&mut self, record: &mut [u8]) -> Result<(), DropReason> {
-        let Some((header, body)) = record.split_first_chunk_mut::<HEADER_LEN>() else {
+    /// Seals `text` into `record`, which has its [`record_len`].
+    pub(super) fn seal(&mut self, text: &[u8], record: &mut [u8]) -> Result<(), DropReason> {
+        if record.len() != record_len(text.len()) {
             return Err(DropReason::Malformed);
-        };
-        let Some((text, tag_room)) = body.split_last_chunk_mut::<TAG_LEN>() else {
+        }
+        let Some((header, body)) = record.split_first_chunk_mut::<HEADER_LEN>() else {
             return Err(DropReason::Malformed);
         };
         if !self.has_counters() {
@@ -151,8 +152,8 @@ impl Session {
         header[..4].copy_from_slice(&TYPE_DATA.to_le_bytes());
         header[4..8].copy_from_slice(&self.remote.to_wire());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        *tag_room = self.sealing.seal(counter, &[], text).map_err(|_| DropReason::TooBig)?;
-        Ok(())
+        let padding = text.len().next_multiple_of(PADDING) - text.len();
+        self.sealing.seal_into(counter, text, padding, body).map_err(|_| DropReason::TooBig)
     }
 
     /// Authenticates and decrypts. The caller decides whether the counter counts as seen ([`Self::accept`]).

@@ -7,7 +7,7 @@
 use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
 
-use super::constants::{REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES, TAG_LEN};
+use super::constants::{PADDING, REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES, TAG_LEN};
 
 /// Which AEAD the handshake and the transport use: a property of the project, set by the operator, never negotiated. Derived
 /// keys are bound to it, so that two suites never share a key.
@@ -86,6 +86,21 @@ impl Aead {
         text: &mut [u8],
     ) -> Result<[u8; TAG_LEN], Refused> {
         self.seal_with(self.nonce(counter), associated, text)
+    }
+
+    /// Encrypts `text` and `padding` zeros, at most [`PADDING`], into `out`, which has room for both and the tag.
+    pub(super) fn seal_into(
+        &self,
+        counter: u64,
+        text: &[u8],
+        padding: usize,
+        out: &mut [u8],
+    ) -> Result<(), Refused> {
+        let zeros = [0; PADDING].get(..padding).ok_or(Refused)?;
+        let (sealed, rest) = out.split_at_mut_checked(text.len()).ok_or(Refused)?;
+        let nonce = self.nonce(counter);
+        let done = self.key.seal_out_of_place_scatter(nonce, Aad::empty(), text, sealed, zeros, rest);
+        done.map_err(|_| Refused)
     }
 
     /// Authenticates and decrypts `sealed`, a ciphertext and its tag, in place: the length of the plaintext.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::wire::coalesce::Coalescer;
-use crate::wire::segment::split;
+use crate::wire::segment::Cut;
 
 /// The trains that these packets become, each as its header and its bytes in one piece.
 fn run_with(coalescer: &mut Coalescer, packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
@@ -41,9 +41,9 @@ fn cut(vnet: &VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
         return vec![bytes.to_vec()];
     }
     let packet = Packet::parse(bytes).unwrap();
-    let mut out = Vec::new();
-    let split = split(bytes, &packet, vnet, 0, 0, &mut out).unwrap();
-    out.chunks(split.record_len).map(|record| record[..Packet::parse(record).unwrap().len].to_vec()).collect()
+    let mut bytes = bytes.to_vec();
+    let mut cut = Cut::new(&mut bytes, &packet, vnet).unwrap();
+    std::iter::from_fn(|| cut.next_packet().map(<[u8]>::to_vec)).collect()
 }
 
 /// The `index`th packet of a sender's flow.

@@ -7,7 +7,7 @@ use crate::wire::checksum::{complete_partial, sum, transport_checksum_ok};
 use crate::wire::coalesce::Coalescer;
 use crate::wire::icmp::{IcmpError, icmp_error};
 use crate::wire::rewrite::{Rewrite, apply, apply_embedded};
-use crate::wire::segment::split;
+use crate::wire::segment::Cut;
 use crate::wire::tcp_reset::tcp_reset;
 
 /// Valid packets of many kinds, to be damaged.
@@ -75,11 +75,13 @@ fn touch(bytes: &[u8], packet: &Packet, vnet: &VnetHeader) {
             assert_eq!(copy.len(), bytes.len());
         }
     }
-    let mut out = Vec::new();
-    if let Some(split) = split(bytes, packet, vnet, 16, 16, &mut out) {
-        assert_eq!(out.len(), split.record_len * (split.count - 1) + split.last_len);
-    } else {
-        assert!(out.is_empty());
+    let mut copy = bytes.to_vec();
+    if let Some(mut cut) = Cut::new(&mut copy, packet, vnet) {
+        let ((each, last), count) = (cut.lengths(), cut.count());
+        for index in 1..=count {
+            assert_eq!(cut.next_packet().unwrap().len(), if index == count { last } else { each });
+        }
+        assert_eq!(cut.next_packet(), None);
     }
 }
 

@@ -1,35 +1,18 @@
-//! Records against the packets of a sender without offloads.
+//! Cut packets against those of a sender without offloads.
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::wire::segment::{Split, split};
+use crate::wire::segment::Cut;
 
-const HEADROOM: usize = 16;
-const TAILROOM: usize = 16;
-
-/// The packets inside the records, padding checked and cut off.
-fn packets(out: &[u8], split: Split) -> Vec<Vec<u8>> {
-    assert_eq!(out.len(), split.record_len * (split.count - 1) + split.last_len);
-    let records: Vec<&[u8]> = out.chunks(split.record_len).collect();
-    assert_eq!(records.len(), split.count);
-    records
-        .into_iter()
-        .map(|record| {
-            let padded = &record[HEADROOM..record.len() - TAILROOM];
-            let packet = Packet::parse(padded).unwrap();
-            assert_eq!(padded.len(), packet.len.next_multiple_of(16));
-            assert!(padded[packet.len..].iter().all(|b| *b == 0));
-            padded[..packet.len].to_vec()
-        })
-        .collect()
-}
-
+/// The packets that a burst is cut into.
 fn run(bytes: &[u8], vnet: &VnetHeader) -> Option<Vec<Vec<u8>>> {
     let packet = Packet::parse(bytes).unwrap();
-    let mut out = Vec::new();
-    let split = split(bytes, &packet, vnet, HEADROOM, TAILROOM, &mut out)?;
-    Some(packets(&out, split))
+    let mut bytes = bytes.to_vec();
+    let mut cut = Cut::new(&mut bytes, &packet, vnet)?;
+    let packets: Vec<Vec<u8>> = std::iter::from_fn(|| cut.next_packet().map(<[u8]>::to_vec)).collect();
+    assert_eq!(packets.len(), cut.count());
+    Some(packets)
 }
 
 fn with_id(headers: IpHeaders, index: usize) -> IpHeaders {
@@ -93,20 +76,17 @@ proptest! {
 }
 
 #[test]
-fn all_records_but_the_last_are_equally_long() {
+fn all_packets_but_the_last_are_equally_long() {
     let mut bytes = tcp(ip(Version::V4, Shape::Plain), tcp_header(1), &payload(3 * 1_380 + 7));
     let vnet = make_partial(&mut bytes, Some(1_380));
-    let mut out = vec![0xaa; 3];
+    let headers = bytes.len() - (3 * 1_380 + 7);
     let packet = Packet::parse(&bytes).unwrap();
-    let split = split(&bytes, &packet, &vnet, HEADROOM, TAILROOM, &mut out).unwrap();
-    let expected = Split { record_len: 16 + 1_424 + 16, last_len: 16 + 48 + 16, count: 4 };
-    assert_eq!(split, expected);
-    assert_eq!(out.len(), 3 + 3 * split.record_len + split.last_len, "appended behind what was there");
-    assert_eq!(out[..3], [0xaa; 3]);
+    let cut = Cut::new(&mut bytes, &packet, &vnet).unwrap();
+    assert_eq!((cut.lengths(), cut.count()), ((headers + 1_380, headers + 7), 4));
 }
 
 #[test]
-fn ordinary_packet_is_copied_untouched() {
+fn ordinary_packet_is_left_untouched() {
     for version in BOTH {
         let mut bytes = tcp(ip(version, Shape::Extended), tcp_header(1), &payload(777));
         let damaged = bytes.len() - 1;
@@ -186,10 +166,7 @@ fn offload_state_that_contradicts_the_packet_is_refused() {
         (&datagram, VnetHeader { gso: Gso::Tcp6(1_000), ..datagram_vnet }, "datagram as TCP"),
     ];
     for (bytes, vnet, why) in refused {
-        let mut out = vec![7; 5];
-        let packet = Packet::parse(bytes).unwrap();
-        assert_eq!(split(bytes, &packet, &vnet, HEADROOM, TAILROOM, &mut out), None, "{why}");
-        assert_eq!(out, [7; 5], "{why}: nothing is left behind");
+        assert_eq!(run(bytes, &vnet), None, "{why}");
     }
     let bad_offset = {
         let mut bytes = segment.clone();

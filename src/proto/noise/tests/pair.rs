@@ -187,11 +187,9 @@ impl Pair {
         let now = self.now;
         let Side { transport, peer, .. } = &mut self.sides[side];
         let mut sealer = transport.seal(*peer, now)?;
-        let mut record = vec![0; HEADER_LEN];
-        record.push(u8::try_from(packet.len()).unwrap());
-        record.extend_from_slice(packet);
-        record.resize(record.len().next_multiple_of(PADDING) + TAG_LEN, 0);
-        sealer.seal(&mut record).ok()?;
+        let text = [&[u8::try_from(packet.len()).unwrap()][..], packet].concat();
+        let mut record = vec![0; record_len(text.len())];
+        sealer.seal(&text, &mut record).ok()?;
         Some(record)
     }
 

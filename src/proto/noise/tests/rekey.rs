@@ -208,12 +208,12 @@ fn counter_is_used_up_at_the_message_limit_and_never_used_twice() {
     let mut sealer = pair.sides[A].transport.seal(id, now).unwrap();
     let counters: Vec<u64> = std::iter::from_fn(|| {
         let mut record = [0; 48];
-        sealer.seal(&mut record).ok()?;
+        sealer.seal(&[7; 16], &mut record).ok()?;
         Some(u64::from_le_bytes(record[8..16].try_into().unwrap()))
     })
     .collect();
     assert_eq!(counters, (1..40).collect::<Vec<_>>(), "0 was the confirming keepalive");
-    assert_eq!(sealer.seal(&mut [0; 48]), Err(DropReason::SessionExpired));
+    assert_eq!(sealer.seal(&[7; 16], &mut [0; 48]), Err(DropReason::SessionExpired));
     assert!(pair.sides[A].transport.seal(id, now).is_none());
     pair.send(A, b"needs a new session");
     pair.run(ms(100));
