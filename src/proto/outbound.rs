@@ -5,7 +5,7 @@
 //! 2. DNS to a captured resolver goes to `proto::dns`
 //! 3. the flow table (or, for a new flow to a VIP, the balancer) names the peer
 //! 4. answers to flows that came through a VIP get the VIP back as their source
-//! 5. the burst is cut into records and sealed in place by the peer's session, or staged while there is none
+//! 5. the burst is cut, and each packet sealed into a record by the peer's session, or staged while there is none
 //! 6. `poll_transmit` gives the datagrams to `agent::udp`
 //!
 //! The functions below stand in that order. Sans-IO; no allocation per packet of a known flow.

@@ -68,21 +68,18 @@ impl Transmits {
         range
     }
 
-    /// Seals the packets that `each` gives one after the other, and queues the records, whose lengths `split` says.
+    /// Has `seal` fill the records of a burst, one after the other, and queues them.
     ///
     /// An error means that none is sent. Some may have taken counters: those are not used again.
     fn seal(
         &mut self,
         sealer: &mut Sealer<'_>,
         split: Split,
-        each: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), DropReason>) -> Result<(), DropReason>,
+        mut seal: impl FnMut(&mut Sealer<'_>, &mut [u8]) -> Result<(), DropReason>,
     ) -> Result<(), DropReason> {
         let range = self.room(split.len());
         let mut records = self.arena[range.clone()].chunks_mut(split.record_len);
-        each(&mut |packet| sealer.seal(packet, records.next().ok_or(DropReason::Malformed)?))?;
-        if records.next().is_some() {
-            return Err(DropReason::Malformed);
-        }
+        records.try_for_each(|record| seal(sealer, record))?;
         self.end = range.end;
         self.push(sealer.endpoint(), range, split.record_len);
         Ok(())
@@ -153,7 +150,7 @@ impl Split {
     }
 }
 
-/// A burst that waits for a session: padded packets, where the records will have them.
+/// A burst that waits for a session: padded packets, each where its record would have it.
 struct Staged {
     until: Instant,
     records: Vec<u8>,
@@ -161,14 +158,14 @@ struct Staged {
 }
 
 impl Staged {
-    fn of(mut cut: Cut<'_>, until: Instant) -> Self {
+    fn of(mut cut: Cut<'_>, until: Instant) -> Option<Self> {
         let split = Split::of(&cut);
         let mut records = vec![0; split.len()];
-        let mut rooms = records.chunks_mut(split.record_len);
-        while let (Some(packet), Some(room)) = (cut.next_packet(), rooms.next()) {
-            room[HEADER_LEN..HEADER_LEN + packet.len()].copy_from_slice(packet);
+        for record in records.chunks_mut(split.record_len) {
+            let packet = cut.next_packet()?;
+            record[HEADER_LEN..HEADER_LEN + packet.len()].copy_from_slice(packet);
         }
-        Self { until, records, split }
+        Some(Self { until, records, split })
     }
 
     fn packets(&self) -> impl Iterator<Item = &[u8]> {
@@ -412,14 +409,12 @@ impl Peers {
             return;
         };
         let Some(mut sealer) = self.transport.seal(id, now) else {
-            return self.stage(id, Staged::of(cut, now.instant + STAGED_LIFE), now, counters);
+            let until = now.instant + STAGED_LIFE;
+            return self.stage(id, cut.count(), || Staged::of(cut, until), now, counters);
         };
         let split = Split::of(&cut);
-        let sealed = transmits.seal(&mut sealer, split, |seal| {
-            while let Some(packet) = cut.next_packet() {
-                seal(packet)?;
-            }
-            Ok(())
+        let sealed = transmits.seal(&mut sealer, split, |sealer, record| {
+            sealer.seal(cut.next_packet().ok_or(DropReason::Malformed)?, record)
         });
         count(sealed, split, counters);
     }
@@ -433,21 +428,36 @@ impl Peers {
         now: Now,
         counters: &mut Counters,
     ) {
+        let split = staged.split;
         let Some(mut sealer) = self.transport.seal(id, now) else {
-            return self.stage(id, staged, now, counters);
+            return self.stage(id, split.count, || Some(staged), now, counters);
         };
-        let sealed = transmits.seal(&mut sealer, staged.split, |seal| staged.packets().try_for_each(seal));
-        count(sealed, staged.split, counters);
+        let mut packets = staged.packets();
+        let sealed = transmits.seal(&mut sealer, split, |sealer, record| {
+            sealer.seal(packets.next().ok_or(DropReason::Malformed)?, record)
+        });
+        count(sealed, split, counters);
     }
 
-    fn stage(&mut self, id: PeerId, staged: Staged, now: Now, counters: &mut Counters) {
+    /// Keeps a burst of so many packets until there is a session, if there is room for it; a handshake begins.
+    fn stage(
+        &mut self,
+        id: PeerId,
+        packets: usize,
+        staged: impl FnOnce() -> Option<Staged>,
+        now: Now,
+        counters: &mut Counters,
+    ) {
         self.transport.begin(id, now);
         let peer = self.by_id.get_mut(&id).expect("every id in by_address is in by_id");
-        let packets = staged.split.count;
         if peer.packets + packets > STAGED || self.staged + packets > STAGED_TOTAL {
             counters.outbound_drops.add(DropReason::QueueFull, packets as u64);
             return;
         }
+        let Some(staged) = staged() else {
+            counters.outbound_drops.add(DropReason::Malformed, packets as u64);
+            return;
+        };
         peer.packets += packets;
         self.staged += packets;
         self.waiting.entry(id).or_insert(staged.until);

@@ -1,4 +1,4 @@
-//! A captured burst becomes packets, one after the other, in its own buffer: nothing is copied but headers.
+//! A captured burst becomes packets, one after the other, in its own buffer: only headers are copied.
 //!
 //! The headers of each packet go where the payload of the packet before it ended, so every packet must be done with
 //! before the next is made. Payload is summed then; headers are summed once per burst and adjusted per packet.

@@ -256,7 +256,6 @@ fn read_address(message: RouteNetlinkMessage) -> Option<LinkAddress> {
 
 /// Most segments of a super-packet: sealed, they still fit one train.
 fn max_segments(mtu: u32) -> u32 {
-    let [train, most, record] =
-        [MAX_TRAIN, MAX_SEGMENTS, record_len(0)].map(|n| u32::try_from(n).expect("below 65,536"));
-    (train / (mtu + record)).clamp(1, most)
+    let records = usize::try_from(mtu).map_or(1, |mtu| MAX_TRAIN / record_len(mtu));
+    u32::try_from(records.clamp(1, MAX_SEGMENTS)).expect("at most 64")
 }

@@ -35,7 +35,7 @@ pub const HEADER_LEN: usize = 16;
 /// Bytes of an authentication tag.
 pub const TAG_LEN: usize = 16;
 /// Plaintext is padded with zeros to a multiple of this many bytes.
-pub const PADDING: usize = 16;
+pub(super) const PADDING: usize = 16;
 
 /// Bytes of the transport data message that carries a packet of `packet` bytes.
 #[must_use]

@@ -49,7 +49,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use rand_chacha::ChaCha20Rng;
 
-pub use constants::{HEADER_LEN, PADDING, TAG_LEN, record_len};
+pub use constants::{HEADER_LEN, TAG_LEN, record_len};
 pub use handover::PeerState;
 pub use index::PeerId;
 pub use keys::{PeerKeys, PresharedKey, PublicKey, StaticSecret};
@@ -351,7 +351,7 @@ impl Transport {
             return Err(DropReason::NotWireguard);
         };
         match (kind, datagram.len()) {
-            (TYPE_DATA, length) if length >= HEADER_LEN + TAG_LEN => {
+            (TYPE_DATA, length) if length >= record_len(0) => {
                 let index = session::receiver(datagram);
                 let id = self.owner(index)?;
                 let peer = self.peers.get_mut(id).ok_or(DropReason::IndexUnknown)?;

@@ -13,8 +13,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::constants::{
-    COOKIE_LEN, CROSSING, EARLY_RETRIES, HEADER_LEN, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT,
-    RESPONSE_LEN, RETIRED_LIFE, TAG_LEN,
+    COOKIE_LEN, CROSSING, EARLY_RETRIES, INITIATION_INTERVAL, REKEY_JITTER, REKEY_TIMEOUT, RESPONSE_LEN,
+    RETIRED_LIFE, record_len,
 };
 use super::cookie::Cookies;
 use super::handover::{PeerState, SessionState, after, before};
@@ -517,7 +517,7 @@ impl Peer {
         }
         self.rekey_on_sending(shared, now);
         let Some(session) = self.keypairs.current.as_mut() else { return };
-        let mut record = vec![0; HEADER_LEN + TAG_LEN];
+        let mut record = vec![0; record_len(0)];
         if session.seal(&[], &mut record).is_ok() {
             shared.transmits.push_back((self.endpoint, record));
         }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::PublicKey;
-use super::constants::{HEADER_LEN, PADDING, TYPE_DATA, record_len};
+use super::constants::{HEADER_LEN, TYPE_DATA, record_len};
 use super::handover::{SessionState, TransportKey, before};
 use super::handshake::{SessionKeys, index_at};
 use super::index::ReceiverIndex;
@@ -152,8 +152,7 @@ impl Session {
         header[..4].copy_from_slice(&TYPE_DATA.to_le_bytes());
         header[4..8].copy_from_slice(&self.remote.to_wire());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        let padding = text.len().next_multiple_of(PADDING) - text.len();
-        self.sealing.seal_into(counter, text, padding, body).map_err(|_| DropReason::TooBig)
+        self.sealing.seal_into(counter, text, body).map_err(|_| DropReason::TooBig)
     }
 
     /// Authenticates and decrypts. The caller decides whether the counter counts as seen ([`Self::accept`]).

@@ -88,16 +88,11 @@ impl Aead {
         self.seal_with(self.nonce(counter), associated, text)
     }
 
-    /// Encrypts `text` and `padding` zeros, at most [`PADDING`], into `out`, which has room for both and the tag.
-    pub(super) fn seal_into(
-        &self,
-        counter: u64,
-        text: &[u8],
-        padding: usize,
-        out: &mut [u8],
-    ) -> Result<(), Refused> {
-        let zeros = [0; PADDING].get(..padding).ok_or(Refused)?;
+    /// Encrypts `text` into `out`, followed by zeros, less than [`PADDING`], that leave just the room of the tag.
+    pub(super) fn seal_into(&self, counter: u64, text: &[u8], out: &mut [u8]) -> Result<(), Refused> {
         let (sealed, rest) = out.split_at_mut_checked(text.len()).ok_or(Refused)?;
+        let padding = rest.len().checked_sub(TAG_LEN).ok_or(Refused)?;
+        let zeros = [0; PADDING - 1].get(..padding).ok_or(Refused)?;
         let nonce = self.nonce(counter);
         let done = self.key.seal_out_of_place_scatter(nonce, Aad::empty(), text, sealed, zeros, rest);
         done.map_err(|_| Refused)

@@ -136,7 +136,7 @@ pub(crate) fn remac(message: &mut [u8], side: usize) {
 
 thread_local! {
     /// They live on from input to input: nothing that a stranger sends may change what the next one meets, but that too
-    /// many handshake messages are load. So there are new ones at times: half of them meet inputs without it.
+    /// many handshake messages are load. So there are new ones at times, which are without.
     static LIVING: RefCell<([Side; 2], usize)> = RefCell::new((established(), 0));
     static RESET: RefCell<Reset> = RefCell::new(Reset::new());
 }
@@ -183,7 +183,8 @@ fn parse([near, far]: &mut [Side; 2], bytes: &[u8]) {
         assert!(may_be_answered && refused == DropReason::CookieMissing, "{refused:?}");
         assert_eq!((to, &reply[..4], reply.len()), (from, &[3, 0, 0, 0][..], COOKIE_LEN));
     }
-    assert_eq!((near.visible(), near.transport.poll_event()), (before, None));
+    assert_eq!((near.transport.poll_transmit(), near.transport.poll_event()), (None, None));
+    assert_eq!(near.visible(), before);
     let opened = near.transport.handle(address(1), &mut record.clone(), now);
     assert!(matches!(opened, Ok(Received::Packet { .. })), "{opened:?}");
 }

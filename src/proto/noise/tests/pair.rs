@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
+use super::super::constants::PADDING;
 use super::super::*;
 use crate::proto::test_start;
 
