@@ -48,8 +48,8 @@ use crate::proto::{Captured, Engine, Now, Origin};
 
 /// Bursts taken from one descriptor before the others get their turn.
 const TURN: usize = 64;
-/// Bytes, too, in each direction: a quarter of a millisecond's work of the slower suite.
-const TURN_BYTES: usize = 160 << 10;
+/// Bytes, too, in each direction: two super-packets, so that what a quiet flow sends waits for no more than their work.
+const TURN_BYTES: usize = 80 << 10;
 /// A turn that moved more than this is one of a load: the wait after it is not spent awake.
 const LOAD: usize = 16 << 10;
 /// DNS connections taken per turn: each opens another one.
