@@ -190,6 +190,25 @@ fn cookie_reply_to_an_answered_initiation_is_dropped() {
 }
 
 #[test]
+fn cookie_reply_answers_the_message_whose_index_it_bears_once() {
+    let (now, public) = (epoch().instant, side_secret(B).public());
+    let (mut cookies, mut initiation) = (Cookies::default(), message(1));
+    let mut response = [2; RESPONSE_LEN];
+    remac(&mut response, &public);
+    cookies.complete_initiation(&mut initiation, public, now);
+    cookies.complete_response(&mut response, public, now);
+    let cookie = || Cookie::of(&[7; 32], address(A));
+    let [to_response, to_initiation, to_none] = [&response[..], &initiation[..], &message(3)[..]]
+        .map(|message| CookieKey::new(&public).seal(&cookie(), message, [9; 24]));
+    for reply in [to_response, to_initiation] {
+        assert_eq!((cookies.expects(&reply), cookies.take(&reply, now)), (Ok(()), Ok(())));
+        let again = (cookies.expects(&reply), cookies.take(&reply, now));
+        assert_eq!(again, (Err(DropReason::IndexUnknown), Err(DropReason::IndexUnknown)));
+    }
+    assert_eq!(cookies.expects(&to_none), Err(DropReason::IndexUnknown));
+}
+
+#[test]
 fn promise_6_no_cookie_reply_moves_an_endpoint_even_when_peers_roam() {
     let mut pair = Pair::new(&Options { roaming: true, ..Options::default() });
     load(&mut pair, B);
