@@ -3,7 +3,7 @@
 //! In the order of a packet's path: [`vnet`] (what the TUN device says about a burst), [`packet`] (where its
 //! headers are), [`rewrite`] (NAT), [`segment`] (burst -> records to seal), [`coalesce`] (opened packets ->
 //! super-packets to inject). [`checksum`] and [`crc32c`] serve them all; [`icmp`], [`tcp_reset`] and [`udp`]
-//! build the few packets that the agent itself says to its pod.
+//! build the few packets that the agent itself says to its pod; [`netlink`] splits what the kernel says to the agent.
 //!
 //! Nothing here panics on any bytes, and nothing allocates beyond the caller's reusable buffers.
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ pub mod crc32c;
 pub mod dns;
 mod emit;
 pub mod icmp;
+pub mod netlink;
 pub mod packet;
 pub mod rewrite;
 pub mod segment;

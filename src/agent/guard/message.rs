@@ -8,13 +8,15 @@
 
 use std::net::IpAddr;
 
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NLMSG_ERROR};
+
+use crate::wire::netlink::messages;
+
 use super::{Family, Set, TABLE};
 
 /// Elements per message: a nested attribute holds less than 64 KiB, an IPv6 element takes 28 bytes.
 const ELEMENTS_PER_MESSAGE: usize = 1000;
 
-pub(super) const NLMSG_ERROR: u16 = 2;
-pub(super) const NLMSG_DONE: u16 = 3;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const SUBSYSTEM: u16 = 10;
@@ -26,10 +28,6 @@ const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
 pub(super) const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
 const DELETE_ELEMENTS: u16 = SUBSYSTEM << 8 | 14;
 
-const FLAG_REQUEST: u16 = 1;
-pub(super) const FLAG_ACK: u16 = 4;
-const FLAG_CREATE: u16 = 0x400;
-pub(super) const FLAG_DUMP: u16 = 0x300;
 const NESTED: u16 = 0x8000;
 
 pub(super) const ATTR_TABLE_NAME: u16 = 1;
@@ -68,7 +66,7 @@ pub(super) struct Batch {
 impl Batch {
     pub(super) fn new(first: u32, egress: bool) -> Self {
         let mut bytes = Vec::new();
-        let start = open_message(&mut bytes, BATCH_BEGIN, FLAG_REQUEST, first, 0, SUBSYSTEM);
+        let start = open_message(&mut bytes, BATCH_BEGIN, NLM_F_REQUEST, first, 0, SUBSYSTEM);
         close_message(&mut bytes, start);
         let families: &[_] = if egress { &[Family::Inet, Family::Netdev] } else { &[Family::Inet] };
         Self { first, families, bytes, messages: Vec::new(), newest: start }
@@ -81,7 +79,7 @@ impl Batch {
                 for family in self.families {
                     let set = Set { family: *family, ipv6 };
                     match change {
-                        Change::Add => self.message("add to", NEW_ELEMENTS, FLAG_CREATE, set, chunk),
+                        Change::Add => self.message("add to", NEW_ELEMENTS, NLM_F_CREATE, set, chunk),
                         Change::Delete => self.message("delete from", DELETE_ELEMENTS, 0, set, chunk),
                     }
                 }
@@ -104,7 +102,7 @@ impl Batch {
         self.messages.push((operation, set));
         let number = u32::try_from(self.messages.len()).expect("bounded by memory");
         let sequence = self.first.wrapping_add(number);
-        self.newest = open_message(bytes, kind, FLAG_REQUEST | flags, sequence, set.family as u8, 0);
+        self.newest = open_message(bytes, kind, NLM_F_REQUEST | flags, sequence, set.family as u8, 0);
         put_string(bytes, ATTR_LIST_TABLE, TABLE);
         put_string(bytes, ATTR_LIST_SET, set.name());
         if addresses.is_empty() {
@@ -131,10 +129,10 @@ impl Batch {
     pub(super) fn finish(mut self) -> (Vec<u8>, Vec<(&'static str, Set)>) {
         let flags: &mut [u8; 2] =
             self.bytes[self.newest + 6..].first_chunk_mut().expect("a message was opened there");
-        *flags = (u16::from_ne_bytes(*flags) | FLAG_ACK).to_ne_bytes();
+        *flags = (u16::from_ne_bytes(*flags) | NLM_F_ACK).to_ne_bytes();
         let number = u32::try_from(self.messages.len()).expect("bounded by memory");
         let sequence = self.first.wrapping_add(number).wrapping_add(1);
-        let start = open_message(&mut self.bytes, BATCH_END, FLAG_REQUEST, sequence, 0, SUBSYSTEM);
+        let start = open_message(&mut self.bytes, BATCH_END, NLM_F_REQUEST, sequence, 0, SUBSYSTEM);
         close_message(&mut self.bytes, start);
         (self.bytes, self.messages)
     }
@@ -149,7 +147,7 @@ pub(super) fn request(
     names: &[(u16, &str)],
 ) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let start = open_message(&mut bytes, kind, FLAG_REQUEST | flags, sequence, family as u8, 0);
+    let start = open_message(&mut bytes, kind, NLM_F_REQUEST | flags, sequence, family as u8, 0);
     for (kind, name) in names {
         put_string(&mut bytes, *kind, name);
     }
@@ -205,21 +203,8 @@ fn put_string(bytes: &mut Vec<u8>, kind: u16, text: &str) {
 /// Number and error code (0, or negative) of each acknowledgement in a datagram from the kernel.
 pub(super) fn answers(bytes: &[u8]) -> impl Iterator<Item = (u32, i32)> + '_ {
     messages(bytes)
-        .filter(|(kind, ..)| *kind == NLMSG_ERROR)
-        .filter_map(|(_, sequence, payload)| Some((sequence, i32::from_ne_bytes(*payload.first_chunk()?))))
-}
-
-/// Kind, number and payload of each message in a datagram from the kernel.
-pub(super) fn messages(bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> + '_ {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let length = usize::try_from(u32::from_ne_bytes(*rest.first_chunk()?)).ok()?;
-        let message = rest.get(..length).filter(|m| m.len() >= 16)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        let kind = u16::from_ne_bytes(*message[4..].first_chunk()?);
-        let sequence = u32::from_ne_bytes(*message[8..].first_chunk()?);
-        Some((kind, sequence, &message[16..]))
-    })
+        .filter(|message| message.kind == NLMSG_ERROR)
+        .filter_map(|message| Some((message.sequence, message.error()?)))
 }
 
 /// Kind (without its flag) and value of each attribute.
@@ -288,7 +273,7 @@ mod tests {
         let (bytes, messages) = batch.finish();
         assert_eq!(messages.len(), 6);
         let acknowledged: Vec<_> =
-            lengths(&bytes).iter().map(|(_, flags, ..)| flags & FLAG_ACK != 0).collect();
+            lengths(&bytes).iter().map(|(_, flags, ..)| flags & NLM_F_ACK != 0).collect();
         assert_eq!(acknowledged, [false, false, false, false, false, false, true, false]);
     }
 
@@ -319,8 +304,9 @@ mod tests {
         let mut batch = Batch::new(7, false);
         batch.elements(Change::Add, &addresses);
         let (bytes, _) = batch.finish();
-        let (_, _, payload) = messages(&bytes).find(|(kind, ..)| *kind == NEW_ELEMENTS).unwrap();
-        let list = attributes(&payload[4..]).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS).unwrap().1;
+        let message = messages(&bytes).find(|message| message.kind == NEW_ELEMENTS).unwrap();
+        let list =
+            attributes(&message.payload()[4..]).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS).unwrap().1;
         assert_eq!(attributes(list).filter_map(|(_, item)| element(item)).collect::<Vec<_>>(), addresses);
     }
 

@@ -16,6 +16,7 @@ use std::hash::Hasher as _;
 use std::io;
 use std::net::IpAddr;
 
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nix::errno::Errno;
 use siphasher::sip::SipHasher13;
@@ -23,11 +24,12 @@ use siphasher::sip::SipHasher13;
 use message::{
     ATTR_CHAIN_HOOK, ATTR_CHAIN_NAME, ATTR_CHAIN_POLICY, ATTR_CHAIN_TABLE, ATTR_LIST_ELEMENTS, ATTR_LIST_SET,
     ATTR_LIST_TABLE, ATTR_RULE_CHAIN, ATTR_RULE_EXPRESSIONS, ATTR_RULE_TABLE, ATTR_TABLE_FLAGS,
-    ATTR_TABLE_NAME, Batch, Change, FLAG_ACK, FLAG_DUMP, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE,
-    NEW_TABLE, NLMSG_DONE, NLMSG_ERROR, answers, attributes, element, messages, request,
+    ATTR_TABLE_NAME, Batch, Change, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE, NEW_TABLE, answers,
+    attributes, element, request,
 };
 
 use super::watch::Tampering;
+use crate::wire::netlink::messages;
 
 /// Name of both tables.
 pub const TABLE: &str = "tencrypt";
@@ -294,23 +296,23 @@ impl Guard {
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), Error> {
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = request(kind, FLAG_DUMP, self.sequence, family, names);
+        let bytes = request(kind, NLM_F_DUMP, self.sequence, family, names);
         self.socket.send(&bytes, 0).map_err(Error::Socket)?;
         loop {
             let (answer, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
-            for (kind, sequence, payload) in messages(&answer) {
-                match kind {
-                    _ if sequence != self.sequence => {}
+            for message in messages(&answer) {
+                match message.kind {
+                    _ if message.sequence != self.sequence => {}
                     NLMSG_DONE => return Ok(()),
                     NLMSG_ERROR => {
-                        let code = payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+                        let code = message.error().unwrap_or(-libc::EPROTO);
                         return match Errno::from_raw(-code) {
                             Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP => Ok(()),
                             _ => Err(refused(io::Error::from_raw_os_error(-code), Error::Socket)),
                         };
                     }
                     // The object's attributes stand behind the nfgenmsg.
-                    _ if kind >= NEW_TABLE => each(payload.get(4..).unwrap_or_default()),
+                    kind if kind >= NEW_TABLE => each(message.payload().get(4..).unwrap_or_default()),
                     _ => {}
                 }
             }
@@ -376,7 +378,7 @@ impl Guard {
     fn has_table(&mut self, family: Family) -> Result<bool, Error> {
         self.sequence = self.sequence.wrapping_add(1);
         let names = [(ATTR_TABLE_NAME, TABLE)];
-        let bytes = request(GET_TABLE, FLAG_ACK, self.sequence, family, &names);
+        let bytes = request(GET_TABLE, NLM_F_ACK, self.sequence, family, &names);
         self.socket.send(&bytes, 0).map_err(Error::Socket)?;
         loop {
             let (answer, _) = self.socket.recv_from_full().map_err(Error::Socket)?;

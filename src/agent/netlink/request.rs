@@ -16,6 +16,8 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 
+use crate::wire::netlink::messages;
+
 /// Messages per send: were each of them refused, the refusals (768 bytes each, as the kernel counts) still fit a default
 /// receive buffer.
 const BATCH_MESSAGES: usize = 128;
@@ -234,7 +236,9 @@ impl Transport {
         loop {
             let (bytes, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
             for message in messages(&bytes) {
-                let (header, payload) = message?.into_parts();
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message.bytes)
+                    .map_err(|_| Error::Unexpected("a malformed message"))?;
+                let (header, payload) = message.into_parts();
                 let index = usize::try_from(header.sequence_number.wrapping_sub(first)).unwrap_or(usize::MAX);
                 // An answer to an earlier batch that failed half-way is none of this one's.
                 let (Some((operation, object, tolerated)), NetlinkPayload::Error(e)) =
@@ -264,7 +268,7 @@ impl Transport {
             let (bytes, _) = self.socket.recv_from_full().map_err(Error::Socket)?;
             for message in messages(&bytes) {
                 // Objects of others may have attributes that the parser cannot read; ours have none.
-                let Ok(message) = message else { continue };
+                let Ok(message) = NetlinkMessage::deserialize(message.bytes) else { continue };
                 let (header, payload) = message.into_parts();
                 if header.sequence_number != self.sequence {
                     continue;
@@ -285,31 +289,9 @@ fn refused(operation: &'static str, object: Object, source: io::Error) -> Error 
     }
 }
 
-/// The messages of one datagram from the kernel.
-fn messages(bytes: &[u8]) -> impl Iterator<Item = Result<NetlinkMessage<RouteNetlinkMessage>, Error>> + '_ {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let length = usize::try_from(u32::from_ne_bytes(*rest.first_chunk()?)).ok()?;
-        let message = rest.get(..length).filter(|m| m.len() >= 16)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(NetlinkMessage::deserialize(message).map_err(|_| Error::Unexpected("a malformed message")))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cut_off_datagram_ends_the_messages() {
-        assert_eq!(messages(&[]).count(), 0);
-        assert_eq!(messages(&[16, 0, 0, 0, 3, 0]).count(), 0);
-        assert_eq!(messages(&[4, 0, 0, 0]).count(), 0);
-        // One NLMSG_NOOP, then a length beyond the end.
-        let mut bytes = [0; 20];
-        (bytes[0], bytes[4], bytes[16]) = (16, 1, 99);
-        assert_eq!(messages(&bytes).count(), 1);
-    }
 
     #[test]
     fn errors_name_operation_and_object_but_no_address() {
