@@ -20,12 +20,13 @@ use snow::{Builder, HandshakeState};
 use zeroize::Zeroizing;
 
 use super::constants::{
-    INITIATION_LEN, LABEL_MAC1, MACS_LEN, PROLOGUE, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE,
+    CLOCK_SKEW, INITIATION_LEN, LABEL_MAC1, MACS_LEN, PROLOGUE, RESPONSE_LEN, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use super::cookie::CookieKey;
 use super::index::ReceiverIndex;
 use super::resolver::Resolver;
 use super::{PresharedKey, PublicKey, StaticSecret, Suite};
+use crate::proto::Now;
 use crate::proto::drop::DropReason;
 
 /// Where the pre-shared key is mixed in.
@@ -47,6 +48,23 @@ impl Tai64n {
         stamp[..8].copy_from_slice(&seconds.to_be_bytes());
         stamp[8..].copy_from_slice(&wall.subsec_nanos().to_be_bytes());
         Self(stamp)
+    }
+
+    /// Whether it is further in the future than clocks may differ.
+    pub(super) fn is_skewed(self, now: Now) -> bool {
+        self > Self::from_unix(now.wall + CLOCK_SKEW)
+    }
+
+    /// The time from an earlier stamp to this one.
+    pub(super) fn since(self, earlier: Self) -> Duration {
+        self.as_duration().saturating_sub(earlier.as_duration())
+    }
+
+    /// Since some moment that is the same for all.
+    fn as_duration(self) -> Duration {
+        let [seconds @ .., a, b, c, d] = self.0;
+        let nanoseconds = u64::from(u32::from_be_bytes([a, b, c, d]));
+        Duration::from_secs(u64::from_be_bytes(seconds)).saturating_add(Duration::from_nanos(nanoseconds))
     }
 }
 

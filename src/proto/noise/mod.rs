@@ -399,7 +399,9 @@ impl Transport {
         let consumed = self.shared.locals[local].keys.consume(message, ephemeral)?;
         let known = self.by_static.get(&(from.is_ipv4(), consumed.public));
         let Some(peer) = known.and_then(|id| self.peers.get_mut(*id)) else {
-            self.shared.check_skew(consumed.stamp, now)?;
+            if consumed.stamp.is_skewed(now) {
+                return Err(DropReason::ClockSkew);
+            }
             self.kept.keep(consumed.public, consumed.stamp, from, message, now.instant);
             return Err(DropReason::PeerUnknown);
         };

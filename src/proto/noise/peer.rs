@@ -278,11 +278,17 @@ impl Peer {
         now: Now,
     ) -> Result<(), DropReason> {
         self.is_heard_from(from, shared)?;
-        shared.check_skew(consumed.stamp, now)?;
-        if self.greatest_stamp.is_some_and(|greatest| consumed.stamp <= greatest) {
+        if consumed.stamp.is_skewed(now) {
+            return Err(DropReason::ClockSkew);
+        }
+        // One of the far future was right by our own clock, which has gone back since.
+        let greatest = self.greatest_stamp.filter(|greatest| !greatest.is_skewed(now));
+        if greatest.is_some_and(|greatest| consumed.stamp <= greatest) {
             return Err(DropReason::HandshakeReplay);
         }
-        if self.last_consumed.is_some_and(|last| since(last, now) < INITIATION_INTERVAL) {
+        // Initiations that we read late come together though they were sent apart, and only the newest is waited for.
+        let sent_apart = greatest.is_none_or(|last| consumed.stamp.since(last) >= INITIATION_INTERVAL);
+        if !sent_apart && self.last_consumed.is_some_and(|last| since(last, now) < INITIATION_INTERVAL) {
             return Err(DropReason::HandshakeFlood);
         }
         self.greatest_stamp = Some(consumed.stamp);

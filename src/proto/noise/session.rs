@@ -205,9 +205,14 @@ impl Keypairs {
     }
 
     /// The responder waits for the peer's first message. Returns the session that fell out.
+    ///
+    /// A superseded one stays: the peer may seal on it until it has the response.
     pub(super) fn install_next(&mut self, session: Session) -> Option<Box<Session>> {
-        self.superseded = false;
-        self.next.replace(Box::new(session))
+        let next = self.next.replace(Box::new(session));
+        if std::mem::take(&mut self.superseded) && next.is_some() {
+            return std::mem::replace(&mut self.previous, next);
+        }
+        next
     }
 
     /// Whether the peer's first message on this session makes it the current one.

@@ -15,7 +15,6 @@ use super::session::Session;
 use super::timers::Schedule;
 use super::{Event, Options};
 use crate::proto::Now;
-use crate::proto::drop::DropReason;
 
 /// One of our addresses and the static key that speaks for it.
 pub(super) struct OwnKey {
@@ -62,9 +61,10 @@ impl Shared {
         bytes
     }
 
-    /// The time stamp for an initiation: later than every one before, also when the wall clock went back.
+    /// The time stamp for an initiation: later than every one before, also when the wall clock went back. But if it went
+    /// back so far that peers take the last stamp for one of the far future, it was wrong then: the time itself is right.
     pub(super) fn stamp(&mut self, now: Now) -> Tai64n {
-        let stamp = match self.last_stamp {
+        let stamp = match self.last_stamp.filter(|last| *last <= now.wall + CLOCK_SKEW) {
             Some(last) => now.wall.max(last.saturating_add(Duration::from_nanos(1))),
             None => now.wall,
         };
@@ -85,11 +85,6 @@ impl Shared {
     /// The greatest stamp given out, if it rose since the last call.
     pub(super) fn poll_stamp(&mut self) -> Option<Duration> {
         std::mem::take(&mut self.stamp_rose).then_some(self.last_stamp).flatten()
-    }
-
-    /// Refuses a time stamp too far in the future.
-    pub(super) fn check_skew(&self, stamp: Tai64n, now: Now) -> Result<(), DropReason> {
-        if stamp > Tai64n::from_unix(now.wall + CLOCK_SKEW) { Err(DropReason::ClockSkew) } else { Ok(()) }
     }
 
     /// Up to `most`, at random.

@@ -256,6 +256,31 @@ fn initiations_of_a_peer_are_consumed_at_most_every_20_ms() {
 }
 
 #[test]
+fn of_initiations_that_are_read_together_the_newest_gives_the_session() {
+    let mut pair = Pair::new(&Options::default());
+    let latency = std::mem::replace(&mut pair.link.latency, secs(60));
+    pair.send(A, b"waits");
+    pair.run(ms(1100));
+    pair.link.latency = latency;
+    let unread = [(); 4].map(|()| pair.intercept().bytes);
+    assert!(pair.is_wire_empty());
+    for message in unread {
+        assert_eq!(pair.deliver(B, &message), Ok(Received::Handshake));
+    }
+    pair.run(ms(50));
+    assert_eq!(pair.sides[B].received, [b"waits"]);
+}
+
+#[test]
+fn stamp_that_a_former_agent_made_by_a_wrong_clock_is_not_held_to() {
+    let mut pair = Pair::new(&Options::default());
+    pair.sides[A].transport.raise_stamp(Duration::MAX);
+    pair.send(A, b"right time");
+    pair.run(ms(100));
+    assert_eq!(pair.sides[B].received, [b"right time"]);
+}
+
+#[test]
 fn other_preshared_key_gives_no_session() {
     let mut pair = Pair::new(&Options::default());
     pair.sides[B].transport.remove_peer(pair.sides[B].peer);
