@@ -30,11 +30,13 @@ use crate::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
 pub(super) const HELD_LIFE: Duration = Duration::from_secs(1);
 /// Captured packets held for the directory.
 const UNROUTED: usize = 128;
-/// Opened packets held for the directory or the peer gate.
-pub(super) const INBOUND: usize = 64;
+/// Opened packets held for the directory or the peer gate. A peer may have as many as it leaves free: 64 alone, and the
+/// next one finds room.
+pub(super) const INBOUND: usize = 128;
 
 /// What is decided about an opened packet.
-enum Verdict {
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
     Inject,
     Hold(DropReason),
 }
@@ -98,7 +100,7 @@ impl Engine {
     }
 
     /// The injection rule, the peer gate, and DNAT.
-    fn admit(
+    pub(super) fn admit(
         &mut self,
         peer: IpAddr,
         bytes: &mut [u8],
@@ -362,7 +364,8 @@ impl Held {
         bytes: &[u8],
         reason: DropReason,
     ) -> Result<(), DropReason> {
-        if self.inbound.len() >= INBOUND {
+        let of_peer = self.inbound.iter().filter(|held| held.peer == peer).count();
+        if of_peer >= INBOUND.saturating_sub(self.inbound.len()) {
             return Err(DropReason::QueueFull);
         }
         let until = now.instant + HELD_LIFE;

@@ -102,8 +102,10 @@ const SEEN_IN: u8 = 2;
 const FIN_OUT: u8 = 4;
 const FIN_IN: u8 = 8;
 const RESET: u8 = 16;
+/// More than SYN and its answer: of TCP, whoever answers a SYN with a cookie has promised nothing yet.
+const OPEN: u8 = 32;
 /// Every bit of [`FlowRecord::seen`].
-pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET;
+pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET | OPEN;
 
 /// Which way a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +134,8 @@ impl Flow {
         }
         if tcp_flags & TCP_RST != 0 {
             self.seen |= RESET;
+        } else if tcp_flags & TCP_SYN == 0 {
+            self.seen |= OPEN;
         }
         self.changed |= self.seen != before;
     }
@@ -158,13 +162,29 @@ impl Flow {
             || self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
     }
 
+    /// Whether both sides speak: of TCP, whether the handshake is over.
+    fn is_open(&self) -> bool {
+        let is_hairpin = matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. });
+        self.is_replied() && (is_hairpin || self.tuple.protocol != protocol::TCP || self.seen & OPEN != 0)
+    }
+
     /// Whether little is lost with it: nobody answered, or both sides are done.
     fn is_idle(&self) -> bool {
-        !self.is_replied() || self.seen & RESET != 0 || self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN
+        !self.is_open() || self.seen & RESET != 0 || self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN
+    }
+
+    /// Whether it is known again by its next packet: nothing is rewritten, or its peer and ports are chosen as before.
+    fn is_remade(&self) -> bool {
+        match self.kind {
+            Kind::Direct => true,
+            Kind::Client | Kind::Server { .. } => self.tuple.protocol != protocol::TCP,
+            // The other half would stay.
+            Kind::HairpinOut { .. } | Kind::HairpinBack { .. } => false,
+        }
     }
 
     fn life(&self) -> Duration {
-        match (self.tuple.protocol, self.is_replied()) {
+        match (self.tuple.protocol, self.is_open()) {
             (6, _) if self.seen & RESET != 0 => TCP_RESET,
             // Nothing is rewritten in a direct flow, so a late packet finds its way without an entry too.
             (6, _) if self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN => {
@@ -411,7 +431,7 @@ impl Flows {
                 self.is_noted.push(false);
                 u32::try_from(self.slots.len() - 1).expect("MAX_FLOWS fits u32")
             }
-            None => self.evict().ok_or(DropReason::FlowTableFull)?,
+            None => self.evict(flow.kind != Kind::Direct).ok_or(DropReason::FlowTableFull)?,
         };
         self.by_tuple.insert(flow.tuple, slot);
         if let Some(wire) = flow.wire() {
@@ -422,16 +442,24 @@ impl Flows {
         Ok(self.slots[slot as usize].insert(flow))
     }
 
-    /// Makes room in a full table: the first flow that is idle, among a bounded number.
-    fn evict(&mut self) -> Option<u32> {
+    /// Makes room in a full table, among a bounded number of flows: the first that is idle, else, for one that is not
+    /// carried without an entry, the one longest unseen of those that are made again.
+    fn evict(&mut self, is_needed: bool) -> Option<u32> {
+        let mut oldest: Option<(Instant, usize)> = None;
         for _ in 0..EVICT {
             self.cursor = (self.cursor + 1) % self.slots.len();
-            if self.slots[self.cursor].as_ref().is_some_and(Flow::is_idle) {
-                self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
-                return self.free.pop();
+            let Some(flow) = &self.slots[self.cursor] else { continue };
+            if flow.is_idle() {
+                oldest = Some((flow.last_seen, self.cursor));
+                break;
+            }
+            let candidate = (flow.last_seen, self.cursor);
+            if is_needed && flow.is_remade() && oldest.is_none_or(|oldest| candidate < oldest) {
+                oldest = Some(candidate);
             }
         }
-        None
+        self.remove(u32::try_from(oldest?.1).expect("MAX_FLOWS fits u32"));
+        self.free.pop()
     }
 
     fn remove(&mut self, slot: u32) {
@@ -523,29 +551,74 @@ mod tests {
     fn a_full_table_gives_up_flows_that_nobody_answered_and_refuses_where_there_are_none() {
         let mut flows = Flows::new(1);
         let tuple = |n: usize| Tuple {
-            protocol: 17,
+            protocol: 6,
             local: (OWN.0, u16::try_from(n % 60_000).unwrap()),
             remote: (VIP, u16::try_from(n / 60_000).unwrap()),
         };
         for n in 0..MAX_FLOWS {
             let flow = flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
-            flow.touch(Direction::Outbound, 0, now(0));
-            flow.touch(Direction::Inbound, 0, now(0));
+            flow.touch(Direction::Outbound, TCP_ACK, now(0));
+            flow.touch(Direction::Inbound, TCP_ACK, now(0));
         }
         assert_eq!(
             flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(0)).unwrap_err(),
             DropReason::FlowTableFull
         );
         let mut calls = 1;
-        while !flows.sweep(now(181)) {
+        while !flows.sweep(now(24 * 3600)) {
             calls += 1;
         }
         assert_eq!(calls, MAX_FLOWS / STEP, "a bounded number per call");
         assert!(flows.is_empty() && flows.by_wire.is_empty());
         for n in 0..2 * MAX_FLOWS {
-            flows.insert(tuple(n), CLIENT, Kind::Client, now(200)).unwrap();
+            flows.insert(tuple(n), CLIENT, Kind::Client, now(24 * 3600)).unwrap();
         }
         assert_eq!(flows.len(), MAX_FLOWS);
+    }
+
+    #[test]
+    fn promise_10_no_flood_of_answered_datagrams_or_syns_shuts_out_flows_that_need_an_entry() {
+        let ack = [(Direction::Inbound, TCP_SYN), (Direction::Outbound, TCP_SYN | TCP_ACK)];
+        let datagrams = [(Direction::Inbound, 0), (Direction::Outbound, 0)];
+        for (protocol, kind, packets) in
+            [(17, Kind::Client, datagrams), (6, Kind::Client, ack), (6, Kind::Direct, datagrams)]
+        {
+            let mut flows = Flows::new(1);
+            let tuple = |n: usize| Tuple {
+                protocol,
+                local: OWN,
+                remote: (IpAddr::V4((0x0a02_0000 + u32::try_from(n).unwrap()).into()), 53),
+            };
+            for n in 0..MAX_FLOWS {
+                let flow = flows.insert(tuple(n), CLIENT, kind, now(n as u64 / 1000)).unwrap();
+                packets.iter().for_each(|(way, flags)| flow.touch(*way, *flags, now(n as u64 / 1000)));
+            }
+            let connection = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(70)).unwrap();
+            packets.iter().for_each(|(way, _)| connection.touch(*way, TCP_ACK, now(70)));
+            for n in 0..MAX_FLOWS / 8 {
+                flows.insert(tuple(MAX_FLOWS + n), CLIENT, Kind::Client, now(71)).unwrap();
+            }
+            assert_eq!(flows.len(), MAX_FLOWS);
+            assert!(flows.get_by_wire(&wire((VIP, 80), 4000)).is_some(), "an open connection stays");
+        }
+    }
+
+    #[test]
+    fn a_direct_flow_is_carried_without_an_entry_rather_than_in_the_place_of_another() {
+        let mut flows = Flows::new(1);
+        let tuple = |n: usize| Tuple {
+            protocol: 17,
+            local: OWN,
+            remote: (IpAddr::V4((0x0a02_0000 + u32::try_from(n).unwrap()).into()), 53),
+        };
+        for n in 0..MAX_FLOWS {
+            let flow = flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
+            for way in [Direction::Outbound, Direction::Inbound] {
+                flow.touch(way, 0, now(0));
+            }
+        }
+        let refused = flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Direct, now(1)).unwrap_err();
+        assert_eq!(refused, DropReason::FlowTableFull);
     }
 
     #[test]
@@ -569,6 +642,8 @@ mod tests {
         flow.touch(Direction::Inbound, TCP_RST, now(1));
         flow.touch(Direction::Inbound, TCP_SYN, now(2));
         flow.touch(Direction::Outbound, TCP_SYN | TCP_ACK, now(2));
+        flows.sweep(now(60));
+        flows.get(&tuple).unwrap().touch(Direction::Inbound, TCP_ACK, now(60));
         flows.sweep(now(3600));
         assert!(flows.get(&tuple).is_some());
     }

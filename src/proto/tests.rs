@@ -278,6 +278,23 @@ fn syn(source: (&str, u16), destination: (&str, u16)) -> Vec<u8> {
     out
 }
 
+/// Both fragments, cut at 1,200 bytes, of an IPv4 packet that has no options.
+fn fragments(whole: &[u8], id: u16) -> [Vec<u8>; 2] {
+    [(0, 20 + 1200), (1200, whole.len())].map(|(offset, end): (usize, usize)| {
+        let mut part = whole[..20].to_vec();
+        part.extend(&whole[20 + offset..end]);
+        let length = u16::try_from(part.len()).unwrap();
+        part[2..4].copy_from_slice(&length.to_be_bytes());
+        part[4..6].copy_from_slice(&id.to_be_bytes());
+        let field = u16::try_from(offset / 8).unwrap() | if offset == 0 { 0x2000 } else { 0 };
+        part[6..8].copy_from_slice(&field.to_be_bytes());
+        part[10..12].fill(0);
+        let sum = !crate::wire::checksum::sum(&part[..20]);
+        part[10..12].copy_from_slice(&sum.to_be_bytes());
+        part
+    })
+}
+
 /// Source, destination and payload; panics where a checksum is wrong.
 fn read(packet: &[u8]) -> (SocketAddr, SocketAddr, Vec<u8>) {
     let sliced = SlicedPacket::from_ip(packet).unwrap();
@@ -488,6 +505,24 @@ fn the_same_source_port_to_a_vip_and_to_the_pod_stays_two_flows() {
     let got = network.inbox(0);
     assert_eq!(read(&got[0]), (at(VIP[0], 80), at(CLIENT[0], 4000), b"to vip flow".to_vec()));
     assert_eq!(read(&got[1]), (at(SERVER[0], 8080), at(CLIENT[0], 4000), b"to direct flow".to_vec()));
+    // And the other way round.
+    network.capture(0, &udp((CLIENT[0], 5000), (VIP[0], 80), b"by vip"));
+    network.capture(0, &udp((CLIENT[0], 5000), (SERVER[0], 8080), b"direct"));
+    let got = network.inbox(1);
+    assert_ne!(read(&got[0]).0, read(&got[1]).0);
+}
+
+#[test]
+fn without_offloads_each_packet_is_injected_by_itself() {
+    let mut network = Network::project();
+    network.nodes[1].engine.coalesce = false;
+    network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"opens the session"));
+    let packets = [1, 2, 3].map(|n| udp((CLIENT[0], 4000), (SERVER[0], 8080), &[n; 500]));
+    packets.iter().for_each(|packet| network.hand_over(0, VnetHeader::PLAIN, packet));
+    network.run();
+    let got = std::mem::take(&mut network.nodes[1].inbox);
+    assert!(got.iter().all(|(vnet, _)| *vnet == VnetHeader::PLAIN));
+    assert_eq!(got[1..].iter().map(|(_, packet)| packet.clone()).collect::<Vec<_>>(), packets);
 }
 
 #[test]
@@ -516,23 +551,11 @@ fn icmp_errors_come_back_with_the_addresses_their_receiver_used() {
 #[test]
 fn fragments_follow_their_first_fragment_through_nat() {
     let mut network = Network::project();
-    let whole = udp((CLIENT[0], 4000), (VIP[0], 80), &[0x55; 2000]);
-    let fragment = |offset: usize, len: usize, more: bool| {
-        let mut part = whole[..20].to_vec();
-        part.extend(&whole[20 + offset..20 + offset + len]);
-        part[2..4].copy_from_slice(&u16::try_from(20 + len).unwrap().to_be_bytes());
-        part[4..6].copy_from_slice(&[0x12, 0x34]);
-        let field = u16::try_from(offset / 8).unwrap() | if more { 0x2000 } else { 0 };
-        part[6..8].copy_from_slice(&field.to_be_bytes());
-        part[10..12].fill(0);
-        let sum = !crate::wire::checksum::sum(&part[..20]);
-        part[10..12].copy_from_slice(&sum.to_be_bytes());
-        part
-    };
-    network.capture(0, &fragment(1200, 808, false));
+    let [first, later] = fragments(&udp((CLIENT[0], 4000), (VIP[0], 80), &[0x55; 2000]), 0x1234);
+    network.capture(0, &later);
     assert_eq!(network.dropped(0, DropReason::FragmentUnmatched), 1);
-    network.capture(0, &fragment(0, 1200, true));
-    network.capture(0, &fragment(1200, 808, false));
+    network.capture(0, &first);
+    network.capture(0, &later);
     let got = network.inbox(1);
     assert_eq!(got.len(), 2);
     for part in &got {

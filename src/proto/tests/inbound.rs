@@ -1,7 +1,11 @@
-//! What comes from the network: copies in one train, datagrams of every size, keys that the directory changes.
+//! What comes from the network: copies in one train, datagrams of every size, keys that the directory changes; and who may
+//! say what, case by case.
 
 use super::*;
 use crate::proto::BUFFER_LEN;
+use crate::proto::inbound::Verdict;
+use crate::wire::icmp::{IcmpError, icmp_error};
+use crate::wire::packet::Packet;
 
 /// Client and third pod with a session, and a datagram that the third pod sealed, not yet delivered.
 fn sealed_by_third(network: &mut Network, text: &[u8]) -> Vec<u8> {
@@ -85,4 +89,138 @@ fn promise_4_a_key_named_for_two_workloads_lets_neither_speak_for_the_other() {
         assert!(network.inbox(0).is_empty());
         assert_eq!(network.dropped(0, DropReason::NotOwner), 1);
     }
+}
+
+#[test]
+fn promise_10_what_one_peer_has_held_leaves_room_for_the_next_ones() {
+    let mut network = Network::project();
+    let unknown = "10.96.0.81";
+    for node in [0, 2] {
+        network.tell(node, vec![vip(unknown, &[SERVER[0]])]);
+    }
+    for n in 0..200 {
+        network.capture(0, &udp((CLIENT[0], 4000 + n), (unknown, 80), b"flood"));
+    }
+    assert_eq!(network.dropped(1, DropReason::QueueFull), 200 - 64);
+    network.capture(2, &udp((THIRD[0], 4000), (unknown, 80), b"waits"));
+    network.tell(1, vec![vip(unknown, &[SERVER[0]])]);
+    let got = network.inbox(1);
+    assert_eq!(got.len(), 65);
+    assert_eq!(read(&got[64]).2, b"waits");
+}
+
+/// What the agent of `node` decides about a packet that `peer` sealed.
+fn admit(network: &mut Network, node: usize, peer: &str, packet: &[u8]) -> Result<Vec<u8>, DropReason> {
+    let mut bytes = packet.to_vec();
+    let parsed = Packet::parse(&bytes).unwrap();
+    match network.nodes[node].engine.admit(ip(peer), &mut bytes, &parsed, network.now)? {
+        Verdict::Inject => Ok(bytes),
+        Verdict::Hold(reason) => Err(reason),
+    }
+}
+
+/// A packet of a protocol without ports.
+fn gre(source: &str, destination: &str, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    builder(ip(source), ip(destination)).write(&mut packet, IpNumber(47), payload).unwrap();
+    packet
+}
+
+/// The error that the owner of `source` answers `quoted` with; the source of it is the last argument.
+fn unreachable(quoted: &[u8], source: &str) -> Vec<u8> {
+    let mut error = Vec::new();
+    assert!(icmp_error(IcmpError::PortUnreachable, quoted, &mut error));
+    let IpAddr::V4(source) = ip(source) else { panic!("IPv4 alone") };
+    error[12..16].copy_from_slice(&source.octets());
+    error[10..12].fill(0);
+    let sum = !crate::wire::checksum::sum(&error[..20]);
+    error[10..12].copy_from_slice(&sum.to_be_bytes());
+    error
+}
+
+#[test]
+fn promise_4_a_peer_speaks_for_its_own_address_and_to_ours_alone() {
+    let network = &mut Network::project();
+    let foreign = "10.1.9.9";
+    let vip_source = |source| udp((source, 4000), (VIP[0], 80), b"");
+    let own = |source| udp((source, 1), (SERVER[0], 1), b"");
+    let bare = |source, destination| gre(source, destination, &[0; 40]);
+    assert!(admit(network, 1, CLIENT[0], &own(CLIENT[0])).is_ok());
+    assert!(admit(network, 1, CLIENT[0], &vip_source(CLIENT[0])).is_ok());
+    assert!(admit(network, 1, CLIENT[0], &bare(CLIENT[0], SERVER[0])).is_ok());
+    for source in [THIRD[0], VIP[0], SERVER[0], foreign, "127.0.0.1", "0.0.0.0", "224.0.0.1", "169.254.1.1"] {
+        for packet in [own(source), vip_source(source), bare(source, SERVER[0]), bare(source, VIP[0])] {
+            assert_eq!(admit(network, 1, CLIENT[0], &packet), Err(DropReason::NotOwner), "{source}");
+        }
+    }
+    for destination in ["127.0.0.1", "0.0.0.0", "224.0.0.1", "169.254.1.1", "255.255.255.255"] {
+        for packet in [udp((CLIENT[0], 1), (destination, 80), b""), bare(CLIENT[0], destination)] {
+            assert_eq!(admit(network, 1, CLIENT[0], &packet), Err(DropReason::NotForUs), "{destination}");
+        }
+    }
+    for destination in [THIRD[0], VIP[0], foreign] {
+        assert_eq!(admit(network, 1, CLIENT[0], &bare(CLIENT[0], destination)), Err(DropReason::NotForUs));
+    }
+    // Where we are no endpoint, as far as we know.
+    for destination in [(VIP[0], 81), (THIRD[0], 80), (foreign, 80)] {
+        let packet = udp((CLIENT[0], 1), destination, b"");
+        assert_eq!(admit(network, 1, CLIENT[0], &packet), Err(DropReason::ServiceUnknown));
+    }
+    assert_eq!(admit(network, 1, foreign, &own(foreign)), Err(DropReason::HeldTooLong), "no route, no entry");
+}
+
+#[test]
+fn promise_4_a_later_fragment_follows_the_first_one_of_the_same_peer_alone() {
+    let network = &mut Network::project();
+    let [first, later] = fragments(&udp((CLIENT[0], 4000), (VIP[0], 80), &[0x55; 2000]), 1);
+    assert_eq!(admit(network, 1, CLIENT[0], &later), Err(DropReason::FragmentUnmatched));
+    let to_pod = |bytes: Vec<u8>| bytes[16..20] == [10, 1, 2, 2];
+    assert!(admit(network, 1, CLIENT[0], &first).is_ok_and(to_pod));
+    assert_eq!(admit(network, 1, THIRD[0], &first), Err(DropReason::NotOwner));
+    assert_eq!(admit(network, 1, THIRD[0], &later), Err(DropReason::NotOwner));
+    assert!(admit(network, 1, CLIENT[0], &later).is_ok_and(to_pod));
+    // Without ports there is nothing to follow.
+    let later = |source, destination| fragments(&gre(source, destination, &[0; 2000]), 2)[1].clone();
+    assert!(admit(network, 1, CLIENT[0], &later(CLIENT[0], SERVER[0])).is_ok());
+    assert_eq!(admit(network, 1, CLIENT[0], &later(THIRD[0], SERVER[0])), Err(DropReason::NotOwner));
+    assert_eq!(admit(network, 1, CLIENT[0], &later(CLIENT[0], THIRD[0])), Err(DropReason::NotForUs));
+}
+
+#[test]
+fn promise_4_an_icmp_error_is_judged_by_the_packet_that_it_quotes() {
+    let network = &mut Network::project();
+    network
+        .capture(0, &udp((CLIENT[0], 4000), (VIP[0], 80), b"client flow of node 0, server flow of node 1"));
+    network.capture(0, &udp((CLIENT[0], 4001), (SERVER[0], 8080), b"direct flow of both"));
+    network.capture(1, &udp((SERVER[0], 8080), (CLIENT[0], 4000), b"answer"));
+    // What node 0 sent to the VIP: from the server or in the VIP's name, sealed by the server alone.
+    let asked = udp((CLIENT[0], 4000), (VIP[0], 80), b"");
+    assert!(admit(network, 0, SERVER[0], &unreachable(&asked, SERVER[0])).is_ok());
+    assert!(admit(network, 0, SERVER[0], &unreachable(&asked, VIP[0])).is_ok());
+    assert_eq!(admit(network, 0, SERVER[0], &unreachable(&asked, THIRD[0])), Err(DropReason::NotOwner));
+    for source in [THIRD[0], VIP[0], SERVER[0]] {
+        assert_eq!(admit(network, 0, THIRD[0], &unreachable(&asked, source)), Err(DropReason::NotOwner));
+    }
+    // What node 1 answered in the VIP's name goes back to its own address, and quotes what the pod sent.
+    let answered = udp((VIP[0], 80), (CLIENT[0], 4000), b"");
+    let error = admit(network, 1, CLIENT[0], &unreachable(&answered, CLIENT[0])).unwrap();
+    assert_eq!((&error[16..20], &error[40..44]), (&[10, 1, 2, 2][..], &[10, 1, 2, 2][..]));
+    assert_eq!(error[48..52], [8080u16.to_be_bytes(), 4000u16.to_be_bytes()].concat());
+    assert_eq!(admit(network, 1, THIRD[0], &unreachable(&answered, CLIENT[0])), Err(DropReason::NotOwner));
+    // Sent without NAT: to a peer, which alone may complain.
+    let direct = udp((CLIENT[0], 4001), (SERVER[0], 8080), b"");
+    assert!(admit(network, 0, SERVER[0], &unreachable(&direct, SERVER[0])).is_ok());
+    assert_eq!(admit(network, 0, THIRD[0], &unreachable(&direct, SERVER[0])), Err(DropReason::NotOwner));
+    let bare = gre(CLIENT[0], SERVER[0], &[0; 40]);
+    assert!(admit(network, 0, SERVER[0], &unreachable(&bare, SERVER[0])).is_ok());
+    assert_eq!(admit(network, 0, THIRD[0], &unreachable(&bare, THIRD[0])), Err(DropReason::NotOwner));
+    // Never sent by us, or not said to us.
+    let never = udp((THIRD[0], 1), (SERVER[0], 8080), b"");
+    assert_eq!(admit(network, 0, SERVER[0], &unreachable(&never, SERVER[0])), Err(DropReason::NotForUs));
+    let mut aside = unreachable(&never, SERVER[0]);
+    aside[16..20].copy_from_slice(&[10, 1, 1, 1]);
+    assert_eq!(admit(network, 0, SERVER[0], &aside), Err(DropReason::NotForUs));
+    let mut aside = unreachable(&direct, SERVER[0]);
+    aside[16..20].copy_from_slice(&[10, 1, 3, 3]);
+    assert_eq!(admit(network, 0, SERVER[0], &aside), Err(DropReason::NotForUs));
 }
