@@ -209,7 +209,7 @@ impl StateFile {
         self.buffer.extend_from_slice(body);
         let sum = checksum(self.seed, offset, &self.buffer);
         self.buffer.extend_from_slice(&sum.to_le_bytes());
-        self.sequence += 1;
+        self.sequence = self.sequence.saturating_add(1);
         let written = self.file.write_all_at(&self.buffer, offset);
         self.report(written);
     }

@@ -415,11 +415,13 @@ fn readiness(channel: &LauncherChannel) -> Result<AsyncFd<OwnedFd>, AgentError> 
     async_fd::readable(duplicate).map_err(AgentError::Channel)
 }
 
-/// Receives one message; cancelled, it has received none.
+/// Receives one message; cancelled, it has received none. Everything else that waits gets its turn first: an agent that
+/// never stops talking holds up neither signals nor time limits.
 async fn receive(
     channel: &LauncherChannel,
     readable: &AsyncFd<OwnedFd>,
 ) -> Result<Received<FromAgent>, AgentError> {
+    tokio::task::yield_now().await;
     loop {
         let mut guard = readable.readable().await.map_err(AgentError::Channel)?;
         match channel.try_recv()? {

@@ -278,6 +278,8 @@ impl<'a> Supervisor<'a> {
                 self.ready_by = None;
             }
             FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
+            // It did not read yet that the guard is there again.
+            FromAgent::GuardLost if self.queue.iter().any(|m| matches!(m, ToAgent::GuardLoaded { .. })) => {}
             FromAgent::GuardLost => self.load_guard(),
             FromAgent::LinkGone => self.link_gone = true,
             FromAgent::Flows(flows) => self.status.heard_flows(flows),

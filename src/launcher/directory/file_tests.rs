@@ -232,7 +232,10 @@ async fn a_folder_exchanged_by_renaming_is_followed() {
 #[tokio::test]
 async fn a_malformed_file_keeps_what_it_said_before() {
     let mut rig = Rig::new();
-    for text in ["{", "", "status: {phase", "{apiVersion: v1, kind: Pod, metadata: {}}"] {
+    let cut_off = ["apiVersion: v1\nkind: PodList\n", "apiVersion: v1\nkind: List\nitems:\n"];
+    for text in
+        ["{", "", "status: {phase", "{apiVersion: v1, kind: Pod, metadata: {}}"].iter().chain(&cut_off)
+    {
         rig.write("a.yaml", text);
         rig.silent().await;
         rig.is(&["10.0.0.2", "10.0.0.3"]);

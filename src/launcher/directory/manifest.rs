@@ -50,6 +50,9 @@ pub enum ManifestError {
         /// Its kind.
         kind: &'static str,
     },
+    /// A list without its items: it was cut off.
+    #[error("a {0} has no array of items")]
+    Items(String),
     /// An object that does not have the shape of its kind.
     #[error("a {kind} does not have the shape of its kind")]
     Shape {
@@ -148,6 +151,9 @@ fn add_document(
             match document.get_mut("items").map(Value::take) {
                 Some(Value::Array(items)) => {
                     items.into_iter().try_for_each(|item| add_document(item, inherited, objects))
+                }
+                _ if ["", "Pod", "Service", "Node", "EndpointSlice"].contains(&item_kind) => {
+                    Err(ManifestError::Items(kind))
                 }
                 _ => Ok(()),
             }

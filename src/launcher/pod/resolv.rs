@@ -1,7 +1,7 @@
 //! The pod's resolv.conf: which resolvers to capture, and which zone is the project's.
 //!
 //! 1. the file is found: `--resolv-conf`, `/etc/netns/NAME/resolv.conf`, or `/etc/resolv.conf` below a process's root
-//! 2. it is opened without following anything out of the pod's root, and read within a cap
+//! 2. it is looked up without following anything out of the pod's root, opened if it is a file, and read within a cap
 //! 3. it is parsed, and compared with the project that root-owned sources name
 //!
 //! The pod may write this file: it never chooses the project, and a contradiction is refused.
@@ -10,11 +10,12 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use hickory_proto::rr::Name;
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 
 use super::{PodNetns, Target};
 
@@ -22,6 +23,8 @@ use super::{PodNetns, Target};
 const RESOLV_CONF_MAX: u64 = 64 * 1024;
 /// glibc takes 3 nameservers, musl 3, Go all: more than 8 are nobody's configuration.
 const RESOLVERS_MAX: usize = 8;
+/// A domain name as text (RFC 1035: 255 bytes with its lengths).
+const NAME_MAX: usize = 253;
 
 /// Why there is no usable resolv.conf.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +62,7 @@ pub enum ResolvError {
         path: PathBuf,
     },
     /// The search list is of another project.
-    #[error("project_mismatch: the resolv.conf {} is of project `{found}`, not `{project}`", path.display())]
+    #[error("project_mismatch: the resolv.conf {} is of project {found:?}, not {project:?}", path.display())]
     ProjectMismatch {
         /// The file.
         path: PathBuf,
@@ -112,7 +115,7 @@ impl ResolvConf {
             }
             (None, Target::Pid(pid)) => {
                 let root = PathBuf::from(format!("/proc/{}/root", pid.as_raw_nonzero()));
-                let fd = open_below(&root, netns);
+                let fd = open_of_process(&root, netns);
                 (root.join("etc/resolv.conf"), fd)
             }
             (None, target @ Target::Path(_)) => {
@@ -180,8 +183,10 @@ impl ResolvConf {
     }
 }
 
-/// The project of a search entry of the form `<project>.svc.<cluster domain>`.
+/// The project of a search entry that is a domain name of the form `<project>.svc.<cluster domain>`.
 fn project_zone(entry: &str) -> Option<&str> {
+    let is_name = entry.len() <= NAME_MAX && entry.bytes().all(|b| b.is_ascii_graphic());
+    Name::from_ascii(entry).ok().filter(|_| is_name)?;
     let (project, rest) = entry.split_once('.')?;
     let domain = rest.strip_prefix("svc.")?;
     (!project.is_empty() && !domain.is_empty()).then_some(project)
@@ -197,15 +202,24 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
 }
 
-/// Opens `etc/resolv.conf` as the pod sees it. Its links, absolute ones too, end inside its own root.
-fn open_below(root: &Path, netns: &PodNetns) -> io::Result<OwnedFd> {
+/// Opens `etc/resolv.conf` as the process sees it whose root is `root`.
+fn open_of_process(root: &Path, netns: &PodNetns) -> io::Result<OwnedFd> {
     let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     if netns.is_gone() {
         return Err(io::Error::other("the process ended"));
     }
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    open_below(root)
+}
+
+/// Opens `etc/resolv.conf` below `root`. Its links, absolute ones too, end there.
+fn open_below(root: impl AsFd) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    Ok(openat2(root, "etc/resolv.conf", flags, Mode::empty(), resolve)?)
+    let found = openat2(root, "etc/resolv.conf", OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+    // To open a device is to use it already, and the pod chooses what lies there.
+    if !FileType::from_raw_mode(fstat(&found)?.st_mode).is_file() {
+        return Ok(found);
+    }
+    open(Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())))
 }
 
 fn read(fd: OwnedFd, path: &Path) -> Result<Vec<u8>, ResolvError> {
@@ -225,6 +239,7 @@ fn read(fd: OwnedFd, path: &Path) -> Result<Vec<u8>, ResolvError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::fcntl_getfl;
 
     fn conf(text: &str) -> Result<ResolvConf, ResolvError> {
         ResolvConf::parse(text.as_bytes()).check(Path::new("resolv.conf"), "shop")
@@ -269,8 +284,13 @@ mod tests {
 
     #[test]
     fn a_search_list_without_a_project_gives_no_zone() {
-        for search in ["", "search example.com svc.cluster.local", "search shop.svc. .svc.x svc.x", "search"]
-        {
+        let no_names = [
+            format!("search shop.svc.{}", "x".repeat(64)),
+            format!("search shop.svc{}", ".xyz".repeat(62)),
+            "search shop.svc.\u{e9} \u{1b}]0;bank.svc.x".to_owned(),
+        ];
+        let others = ["", "search example.com svc.cluster.local", "search shop.svc. .svc.x svc.x", "search"];
+        for search in others.map(str::to_owned).iter().chain(&no_names) {
             assert_eq!(conf(&format!("nameserver 10.0.0.1\n{search}\n")).unwrap().zone, None, "{search}");
         }
     }
@@ -306,6 +326,23 @@ mod tests {
             assert!(matches!(conf(text), Err(ResolvError::NoResolver { .. })), "{text}");
         }
         assert!(ResolvConf::parse(&[0xff; 300]).resolvers.is_empty());
+    }
+
+    #[test]
+    fn promise_9_what_a_pod_puts_in_the_files_place_is_not_opened_unless_it_is_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("etc/resolv.conf");
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let is_path_only = |fd: &OwnedFd| fcntl_getfl(fd).unwrap().contains(OFlags::PATH);
+        let found = open_below(File::open(dir.path()).unwrap()).unwrap();
+        assert!(is_path_only(&found) && matches!(read(found, &path), Err(ResolvError::NotAFile { .. })));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(dir.path().join("etc/real"), "nameserver 10.0.0.1").unwrap();
+        std::os::unix::fs::symlink("/etc/real", &path).unwrap();
+        let found = open_below(File::open(dir.path()).unwrap()).unwrap();
+        assert!(!is_path_only(&found));
+        assert_eq!(read(found, &path).unwrap(), b"nameserver 10.0.0.1");
     }
 
     #[test]

@@ -123,7 +123,7 @@ pub(super) fn flow_states(
     }
     let mut flows: Vec<_> = known.into_values().collect();
     flows.sort_by_key(|flow| flow.idle_s);
-    let unreported = (report.flows + report.clear).saturating_sub(reported.len() as u64);
+    let unreported = report.flows.saturating_add(report.clear).saturating_sub(reported.len() as u64);
     let left_out = unreported + flows.len().saturating_sub(FLOWS_MAX) as u64;
     let port = |tuple: &Tuple, port: u16| (tuple.local.1 != 0 || tuple.remote.1 != 0).then_some(port);
     let item = |flow: FlowReport| Flow {
