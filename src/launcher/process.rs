@@ -20,14 +20,16 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::fs::{FileType, fcntl_get_seals, fstat, makedev};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::agent::control::{
-    ChannelError, Executable, FromAgent, Init, LauncherChannel, Received, ToAgent, VERSION,
+    ChannelError, Executable, FromAgent, Init, LauncherChannel, Received, ToAgent, VERSION, close_beside,
 };
 use crate::sys::async_fd;
 use crate::telemetry::LOG_VARIABLE;
@@ -44,6 +46,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// How long an agent that runs already may take to answer: it reads within one turn of its loop, but for the second that a
 /// directory of ten thousand workloads takes it under load.
 const ADOPT_LIMIT: Duration = Duration::from_secs(3);
+
+/// Major and minor number of /dev/net/tun, everywhere (Documentation/admin-guide/devices.txt).
+const TUN: (u32, u32) = (10, 200);
 
 /// Variables that test builds hand on, so that faults can be injected into the agent.
 #[cfg(feature = "fault-injection")]
@@ -244,7 +249,7 @@ impl Agent {
             tokio::select! {
                 biased;
                 received = receive(&self.channel, &self.readable) => match received? {
-                    Received::Message(message, descriptors) => return Ok(self.take(message, descriptors)),
+                    Received::Message(message, descriptors) => return self.take(message, descriptors),
                     Received::Closed => return self.end().await,
                 },
                 sent = flush(&self.channel, queue) => match sent {
@@ -257,7 +262,21 @@ impl Agent {
         }
     }
 
-    fn take(&mut self, message: FromAgent, mut descriptors: Vec<OwnedFd>) -> Event {
+    /// A successor goes on with what comes here: anything else than it should be is refused.
+    fn take(&mut self, message: FromAgent, mut descriptors: Vec<OwnedFd>) -> Result<Event, AgentError> {
+        let fits = match (&message, &descriptors[..]) {
+            (FromAgent::Ready { .. }, [tun, sockets @ ..]) => {
+                self.held.is_empty() && is_tun(tun) && sockets.iter().all(is_datagram_socket)
+            }
+            (FromAgent::TunReplaced, [tun]) => is_tun(tun),
+            (FromAgent::HandedOver, [state]) => fcntl_get_seals(state).is_ok(),
+            (FromAgent::Ready { .. } | FromAgent::TunReplaced | FromAgent::HandedOver, _) => false,
+            _ => true,
+        };
+        if !fits {
+            close_beside(descriptors);
+            return Err(AgentError::Message(ChannelError::Invalid("descriptors")));
+        }
         match message {
             FromAgent::Ready { .. } => self.held = std::mem::take(&mut descriptors),
             FromAgent::TunReplaced => {
@@ -267,7 +286,7 @@ impl Agent {
             }
             _ => {}
         }
-        Event::Message(message, descriptors)
+        Ok(Event::Message(message, descriptors))
     }
 
     /// The agent closed its channel: an agent does that by ending.
@@ -409,6 +428,20 @@ impl Process {
     }
 }
 
+/// Whether it is of /dev/net/tun, be its device there still or not.
+fn is_tun(fd: &OwnedFd) -> bool {
+    fstat(fd).is_ok_and(|found| {
+        FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice
+            && found.st_rdev == makedev(TUN.0, TUN.1)
+    })
+}
+
+fn is_datagram_socket(fd: &OwnedFd) -> bool {
+    let is_internet = |domain| [AddressFamily::INET, AddressFamily::INET6].contains(&domain);
+    sockopt::socket_domain(fd).is_ok_and(is_internet)
+        && sockopt::socket_type(fd).is_ok_and(|kind| kind == SocketType::DGRAM)
+}
+
 /// A duplicate of the channel's descriptor that tells when something is to be received.
 fn readiness(channel: &LauncherChannel) -> Result<AsyncFd<OwnedFd>, AgentError> {
     let duplicate = channel.as_fd().try_clone_to_owned().map_err(AgentError::Channel)?;
@@ -450,4 +483,91 @@ async fn flush(channel: &LauncherChannel, queue: &mut VecDeque<ToAgent>) -> Resu
 pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::net::{TcpListener, UdpSocket};
+    use std::time::Instant;
+
+    use rustix::net::{SocketFlags, socketpair};
+
+    use super::*;
+    use crate::agent::control::AgentChannel;
+
+    /// An agent that does nothing, and its end of the channel, at which the test speaks.
+    fn agent() -> (Agent, AgentChannel) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let channel = LauncherChannel::new(ours).unwrap();
+        let readable = readiness(&channel).unwrap();
+        let agent = Agent { process: Process::of_child(child).unwrap(), channel, readable, held: Vec::new() };
+        (agent, AgentChannel::new(theirs).unwrap())
+    }
+
+    fn ready() -> FromAgent {
+        FromAgent::Ready { generation: 1, fingerprint: [0; 32], executable: [0; 4] }
+    }
+
+    #[tokio::test]
+    async fn promise_10_an_agent_that_never_stops_talking_stops_no_time_limit() {
+        let (mut agent, channel) = agent();
+        let start = Instant::now();
+        let talker = std::thread::spawn(move || {
+            while start.elapsed() < Duration::from_secs(5)
+                && !matches!(channel.try_send(&FromAgent::Pong, &[]), Err(ChannelError::Closed))
+            {}
+        });
+        let mut heard = 0;
+        let listening = async {
+            loop {
+                agent.next(&mut VecDeque::new()).await.unwrap();
+                heard += 1;
+            }
+        };
+        assert!(timeout(Duration::from_millis(200), listening).await.is_err());
+        assert!(heard > 0 && start.elapsed() < Duration::from_secs(3), "{heard} in {:?}", start.elapsed());
+        agent.kill().await.unwrap();
+        drop(agent);
+        talker.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn promise_9_a_successor_inherits_nothing_from_an_agent_but_tun_and_datagram_sockets() {
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+        let tcp = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        let udp = || OwnedFd::from(UdpSocket::bind("127.0.0.1:0").unwrap());
+        for (message, descriptors) in [
+            (ready(), vec![]),
+            (ready(), vec![null(), udp()]),
+            (ready(), vec![udp(), udp()]),
+            (FromAgent::TunReplaced, vec![]),
+            (FromAgent::TunReplaced, vec![tcp()]),
+            (FromAgent::HandedOver, vec![]),
+            (FromAgent::HandedOver, vec![null()]),
+        ] {
+            let (mut agent, channel) = agent();
+            channel.send(&message, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>()).unwrap();
+            let refused = agent.next(&mut VecDeque::new()).await;
+            assert!(
+                matches!(refused, Err(AgentError::Message(ChannelError::Invalid("descriptors")))),
+                "{message:?}: {refused:?}"
+            );
+            assert!(agent.held().is_empty());
+            agent.kill().await.unwrap();
+        }
+        // As it should be, once.
+        let Ok(tun) = File::options().read(true).write(true).open("/dev/net/tun") else { return };
+        let (mut agent, channel) = agent();
+        let (tun, socket) = (OwnedFd::from(tun), udp());
+        for _ in 0..2 {
+            channel.send(&ready(), &[tun.as_fd(), socket.as_fd()]).unwrap();
+        }
+        let event = agent.next(&mut VecDeque::new()).await.unwrap();
+        assert!(matches!(event, Event::Message(FromAgent::Ready { .. }, _)) && agent.held().len() == 2);
+        assert!(agent.next(&mut VecDeque::new()).await.is_err());
+        agent.kill().await.unwrap();
+    }
 }

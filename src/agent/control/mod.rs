@@ -292,18 +292,41 @@ impl<Out: Message, In: Message> Channel<Out, In> {
                 Err(e) => return Err(ChannelError::Receive(e.into())),
             }
         };
-        if cut || count > MESSAGE_MAX {
-            return Err(ChannelError::Truncated);
-        }
-        if count == 0 {
+        let bytes =
+            if cut || count > MESSAGE_MAX { Err(ChannelError::Truncated) } else { Ok(&bytes[..count]) };
+        match bytes.and_then(|bytes| accepted(bytes, fds.len())) {
+            Ok(Some(message)) => Ok(Some(Received::Message(message, fds))),
             // No message encodes to nothing; a peer that sends an empty packet has nothing more to say either.
-            return Ok(Some(Received::Closed));
+            Ok(None) => {
+                close_beside(fds);
+                Ok(Some(Received::Closed))
+            }
+            Err(error) => {
+                close_beside(fds);
+                Err(error)
+            }
         }
-        let message: In = decode(&bytes[..count])?;
-        if fds.len() > message.descriptors_max() {
-            return Err(ChannelError::Descriptors(fds.len()));
-        }
-        Ok(Some(Received::Message(message, fds)))
+    }
+}
+
+/// The message of a whole packet; `None`: it is empty.
+fn accepted<M: Message>(bytes: &[u8], descriptors: usize) -> Result<Option<M>, ChannelError> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let message: M = decode(bytes)?;
+    if descriptors > message.descriptors_max() {
+        return Err(ChannelError::Descriptors(descriptors));
+    }
+    Ok(Some(message))
+}
+
+/// Closes descriptors that the other end chose and nobody wants, beside the calling thread: it may have chosen such as take
+/// long to close.
+pub fn close_beside(descriptors: Vec<OwnedFd>) {
+    if !descriptors.is_empty() {
+        // Where there is no thread to be had they are closed here.
+        let _ = std::thread::Builder::new().spawn(move || drop(descriptors));
     }
 }
 

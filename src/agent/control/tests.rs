@@ -173,7 +173,7 @@ fn descriptors_of_a_refused_message_are_refused_and_closed() {
     drop(theirs);
     assert!(matches!(launcher.recv(), Err(ChannelError::Descriptors(1))));
     // Only if every copy of the other end is closed does reading end.
-    ours.set_nonblocking(true).unwrap();
+    ours.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
     let mut byte = [0];
     assert_eq!((&ours).read(&mut byte).unwrap(), 0);
     assert!(matches!(agent.send(&FromAgent::Stopped, &[ours.as_fd()]), Err(ChannelError::Descriptors(1))));

@@ -52,13 +52,13 @@ pub enum NetworkError {
     #[error("the pod has no network: no default route, and no device besides lo is up")]
     NoInterface,
     /// Several devices, and nothing tells which is the pod's.
-    #[error("the pod has no default route and several devices ({names:?}): give it a default route")]
+    #[error("the pod has no default route and several devices ({}): give it a default route", names.join(", ").escape_debug())]
     SeveralInterfaces {
         /// Their names.
         names: Vec<String>,
     },
     /// Nothing to be reached at.
-    #[error("the pod's device {interface:?} has no global address")]
+    #[error("the pod's device {} has no global address", interface.escape_debug())]
     NoAddress {
         /// The device.
         interface: String,

@@ -62,7 +62,7 @@ pub enum ResolvError {
         path: PathBuf,
     },
     /// The search list is of another project.
-    #[error("project_mismatch: the resolv.conf {} is of project {found:?}, not {project:?}", path.display())]
+    #[error("project_mismatch: the resolv.conf {} is of project `{}`, not `{project}`", path.display(), found.escape_debug())]
     ProjectMismatch {
         /// The file.
         path: PathBuf,
