@@ -5,7 +5,7 @@
 //! 1. `Init` arrives: addresses, keys, port, resolvers; for a successor the descriptors of its predecessor
 //! 2. `tenc0`, the tunnel's UDP sockets (a port in use ends it here), the ARP socket
 //! 3. rules and tables; what a former agent left is replaced
-//! 4. every capability but CAP_NET_ADMIN and CAP_NET_RAW is given up
+//! 4. capabilities, files and system calls that are not needed any more are given up (`privileges`)
 //! 5. the directory's first generation: each address gets its guard element, then its route
 //! 6. packets are read, oldest first; `Ready`: protected
 //!
@@ -26,6 +26,7 @@ use hickory_proto::rr::Name;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha20Rng;
+use socket2::SockRef;
 use tracing::{info, warn};
 
 mod applier;
@@ -227,7 +228,8 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         Inject::Raw => Some(RawInjector::open().context("open raw sockets for injection")?),
     };
     let watch = Watch::open([netlink.port(), guard.port()], Instant::now()).context("watch for tampering")?;
-    privileges::drop_all_but_network().context("give up privileges")?;
+    let runtime = init.place.runtime.parent().context("the runtime files lie nowhere")?;
+    privileges::confine(runtime)?;
     let mut rng = ChaCha20Rng::from_seed(init.seed.0);
     let (mut engine_seed, mut balance_seed) = ([0; 32], [0; 16]);
     rng.fill_bytes(&mut engine_seed);
@@ -282,13 +284,17 @@ fn state_facts(own: &[IpAddr], sockets: &[(IpAddr, TunnelSocket)]) -> anyhow::Re
     })
 }
 
-/// The tunnel's sockets, by own address: a former agent's, if they are all there, else new ones.
+/// The tunnel's sockets, by own address: a former agent's, if they are all there and what they should be, else new ones.
 fn sockets(
     own: &[IpAddr],
     port: u16,
     inherited: Vec<OwnedFd>,
 ) -> anyhow::Result<Vec<(IpAddr, TunnelSocket)>> {
-    if inherited.len() == own.len() {
+    let is_bound = |(fd, own): (&OwnedFd, &IpAddr)| {
+        let local = SockRef::from(fd).local_addr().ok().and_then(|local| local.as_socket());
+        local.is_some_and(|local| (local.ip(), local.port()) == (*own, port))
+    };
+    if inherited.len() == own.len() && inherited.iter().zip(own).all(is_bound) {
         return Ok(own.iter().copied().zip(inherited.into_iter().map(TunnelSocket::inherit)).collect());
     }
     drop(inherited);
