@@ -484,10 +484,14 @@ impl Driver {
             self.engine.set_link_mtu(mtu);
         }
         for kind in &checked.repaired {
-            warn!(kind = kind.as_str(), "tampering repaired");
+            if self.tampering.is_told(*kind, false, now.instant) {
+                warn!(kind = kind.as_str(), "tampering repaired");
+            }
         }
         for kind in self.tampering.record(&checked.repaired, &checked.standing) {
-            warn!(kind = kind.as_str(), "tampering that stays");
+            if self.tampering.is_told(kind, true, now.instant) {
+                warn!(kind = kind.as_str(), "tampering that stays");
+            }
         }
         // Asked for at every check until it helps. The checks keep the pace: a load makes the next one due.
         if !checked.after_load && checked.standing.iter().any(|kind| kind.needs_reload()) {

@@ -10,6 +10,7 @@
 //! Source: rtnetlink(7), netlink(7), linux/netfilter/nfnetlink.h.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ const BETWEEN: Duration = Duration::from_millis(100);
 const PERIOD: Duration = Duration::from_secs(10);
 /// An agent that is awake does the next check so much early: at rest the launcher's heartbeat wakes it for both.
 const EARLY: Duration = Duration::from_millis(1_500);
+/// Between two log lines about one kind of tampering.
+const TOLD_EVERY: Duration = Duration::from_secs(60);
 /// Events taken from one socket per turn: packets go on under a flood of them.
 const TURN: usize = 64;
 /// What is read of an event: both headers, of netlink and of the link.
@@ -139,6 +142,8 @@ pub struct TamperCounts {
     pub counts: BTreeMap<Tampering, (u64, u64)>,
     /// What could not be repaired and is still so.
     pub standing: Vec<Tampering>,
+    /// When the last log line about a kind, repaired or standing, was due.
+    told: BTreeMap<(Tampering, bool), Instant>,
 }
 
 impl TamperCounts {
@@ -155,6 +160,16 @@ impl TamperCounts {
         }
         self.standing = standing.to_vec();
         new
+    }
+
+    /// Whether a log line about it is due: one in [`TOLD_EVERY`], however often the pod does it again. Counts have them all.
+    pub(super) fn is_told(&mut self, kind: Tampering, stands: bool, now: Instant) -> bool {
+        let told = self.told.entry((kind, stands));
+        let due = !matches!(&told, Entry::Occupied(last) if now.saturating_duration_since(*last.get()) < TOLD_EVERY);
+        if due {
+            told.insert_entry(now);
+        }
+        due
     }
 }
 
@@ -302,6 +317,17 @@ mod tests {
         assert!(!schedule.take(start + PERIOD - EARLY - SETTLE));
         assert!(schedule.take(start + PERIOD - EARLY));
         assert!(!schedule.take(start + PERIOD + BETWEEN));
+    }
+
+    #[test]
+    fn promise_10_a_pod_that_tampers_without_end_fills_no_log() {
+        let (mut counts, start) = (TamperCounts::default(), Instant::now());
+        let lines = |counts: &mut TamperCounts, stands| {
+            let moments = (0..1_300).map(|n| start + Duration::from_millis(100 * n));
+            moments.filter(|now| counts.is_told(Tampering::RouteMissing, stands, *now)).count()
+        };
+        assert_eq!((lines(&mut counts, false), lines(&mut counts, true)), (3, 3));
+        assert!(counts.is_told(Tampering::RuleMissing, false, start));
     }
 
     #[test]

@@ -520,7 +520,8 @@ mod tests {
             // Faster than anybody listens.
             while start.elapsed() < Duration::from_secs(5)
                 && !matches!(send(channel.as_fd(), &pong, SendFlags::NOSIGNAL), Err(Errno::PIPE))
-            {}
+            {
+            }
         });
         let mut heard = 0;
         let listening = async {

@@ -26,7 +26,7 @@ use crate::wire::segment::Cut;
 
 /// Packets staged per peer.
 const STAGED: usize = 128;
-/// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB.
+/// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB (with an MTU of 1,500).
 const STAGED_TOTAL: usize = 4096;
 /// Peers whose packets are given up per call: each may have 128.
 const STEP: usize = 2;

@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
         .every_rp_filter()
         .seconds(90),
     Case::new("promise_1_killing_the_agent_alone_leaks_nothing", agent_killed).seconds(90),
+    Case::new("promise_11_an_agent_keeps_two_capabilities_and_is_confined", confined),
 ];
 
 /// The port of the receiver that numbers are sent to.
@@ -194,4 +195,26 @@ pub fn recover(lab: &Lab) {
     lab.ensure(Agents::Off);
     let left = lab.differences();
     assert!(left.is_empty(), "left behind after a crash, a new start and a stop:\n{}", left.join("\n"));
+}
+
+/// Every thread of an agent, not the first alone.
+fn confined(lab: &Lab) {
+    let agent = lab.agent_pids("shop-client")[1];
+    let threads: Vec<_> =
+        std::fs::read_dir(format!("/proc/{agent}/task")).expect("threads").flatten().collect();
+    assert!(threads.len() > 1);
+    for thread in threads {
+        let status = std::fs::read_to_string(thread.path().join("status")).expect("status");
+        let is = |field: &str, wanted: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            assert_eq!(line.map(str::trim), Some(wanted), "{field} of {:?}", thread.path());
+        };
+        // CAP_NET_ADMIN is 12, CAP_NET_RAW 13.
+        for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+            is(set, &format!("{:016x}", 1 << 12 | 1 << 13));
+        }
+        is("CapInh:", &format!("{:016x}", 0));
+        is("NoNewPrivs:", "1");
+        is("Seccomp:", "2");
+    }
 }

@@ -264,13 +264,13 @@ pub fn remove(netns: &OwnedFd) -> Result<(), Error> {
     }
 }
 
-/// The named counters of both tables.
+/// The named counters of both tables; of none, where there is none.
 ///
 /// # Errors
 /// See [`Error`].
 pub fn counters(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
-    parse_counters(&nft(netns, "list the counters of", &["-j", "list", "counters"], "")?)
-        .map_err(|source| Error::Output { what: "counters", source })
+    let list = |family| nft(netns, COUNTERS_OF, &counters_of(family), "");
+    parse_counters(list("inet"), list("netdev"))
 }
 
 /// As [`counters`], without holding up the thread; dropped before it returns, it ends the program. To be awaited in the
@@ -279,8 +279,17 @@ pub fn counters(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
 /// # Errors
 /// See [`Error`].
 pub async fn counters_beside(netns: &OwnedFd) -> Result<BTreeMap<String, Count>, Error> {
-    let json = nft_beside(netns, "list the counters of", &["-j", "list", "counters"]).await?;
-    parse_counters(&json).map_err(|source| Error::Output { what: "counters", source })
+    let (inet, netdev) = (counters_of("inet"), counters_of("netdev"));
+    let list = |args| nft_beside(netns, COUNTERS_OF, args);
+    let (inet, netdev) = tokio::join!(list(&inet), list(&netdev));
+    parse_counters(inet, netdev)
+}
+
+const COUNTERS_OF: &str = "list the counters of";
+
+/// Our own table's alone: the pod may have any number of others.
+fn counters_of(family: &str) -> [&str; 6] {
+    ["-j", "list", "counters", "table", family, TABLE]
 }
 
 /// What permissive and audit mode let pass in the last ten minutes though strict would not, sorted.
@@ -378,7 +387,25 @@ async fn nft_beside(netns: &OwnedFd, operation: &'static str, args: &[&str]) -> 
     Err(Error::NoProgram)
 }
 
-fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Error> {
+/// The counters of both tables; without egress, or without the netdev family, there is one table.
+fn parse_counters(
+    inet: Result<String, Error>,
+    netdev: Result<String, Error>,
+) -> Result<BTreeMap<String, Count>, Error> {
+    let mut counts = BTreeMap::new();
+    for (listed, is_optional) in [(inet, false), (netdev, true)] {
+        match listed {
+            Ok(json) => add_counters(&json, &mut counts)
+                .map_err(|source| Error::Output { what: "counters", source })?,
+            Err(Error::Refused { .. }) if is_optional => {}
+            Err(error) if error.is_missing() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(counts)
+}
+
+fn add_counters(json: &str, counts: &mut BTreeMap<String, Count>) -> Result<(), serde_json::Error> {
     #[derive(Deserialize)]
     struct Output {
         nftables: Vec<Object>,
@@ -394,7 +421,6 @@ fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Err
         packets: u64,
         bytes: u64,
     }
-    let mut counts = BTreeMap::<String, Count>::new();
     let output: Output = serde_json::from_str(json)?;
     for counter in output.nftables.into_iter().filter_map(|o| o.counter).filter(|c| c.table == TABLE) {
         // `dns_escaped` stands in both tables; a packet ends in one of them.
@@ -402,7 +428,7 @@ fn parse_counters(json: &str) -> Result<BTreeMap<String, Count>, serde_json::Err
         count.packets += counter.packets;
         count.bytes += counter.bytes;
     }
-    Ok(counts)
+    Ok(())
 }
 
 /// The records of both tables; one without egress, or without the netdev family, has one table.
@@ -495,22 +521,32 @@ mod tests {
     }
 
     #[test]
-    fn counters_of_other_tables_are_left_out_and_equal_names_add_up() {
+    fn counters_of_other_tables_are_left_out_and_equal_names_of_both_add_up() {
         let counter = |table: &str, name: &str, packets: u64| {
             format!(
                 r#"{{"counter":{{"family":"inet","name":"{name}","table":"{table}","handle":1,"packets":{packets},"bytes":60}}}}"#
             )
         };
-        let json = format!(
-            r#"{{"nftables":[{{"metainfo":{{"version":"1.0.6","json_schema_version":1}}}},{},{},{}]}}"#,
-            counter("tencrypt", "dns_escaped", 1),
-            counter("tencrypt", "dns_escaped", 2),
-            counter("other", "inbound", 9)
-        );
-        let counts = parse_counters(&json).unwrap();
+        let list = |packets| {
+            format!(
+                r#"{{"nftables":[{{"metainfo":{{"version":"1.0.6","json_schema_version":1}}}},{},{}]}}"#,
+                counter("tencrypt", "dns_escaped", packets),
+                counter("other", "inbound", 9)
+            )
+        };
+        let counts = parse_counters(Ok(list(1)), Ok(list(2))).unwrap();
         assert_eq!(counts.len(), 1);
         assert_eq!(counts["dns_escaped"], Count { packets: 3, bytes: 120 });
-        assert!(parse_counters("").is_err());
+        assert!(parse_counters(Ok(list(1)), Ok(String::new())).is_err());
+    }
+
+    #[test]
+    fn counters_of_a_table_that_is_not_there_are_none_and_another_refusal_is_told() {
+        let refused = |words: &str| Err(Error::Refused { operation: COUNTERS_OF, stderr: words.to_owned() });
+        let missing = "Error: No such file or directory";
+        assert!(parse_counters(refused(missing), refused(missing)).unwrap().is_empty());
+        assert!(parse_counters(refused(missing), refused("Protocol not supported")).unwrap().is_empty());
+        assert!(parse_counters(refused("Operation not permitted"), refused(missing)).is_err());
     }
 
     #[test]
