@@ -4,8 +4,9 @@
 //!    Everything else goes, from the bounding set too
 //! 2. files: /proc is read, /dev/net/tun opened for a new `tenc0`, the pod's runtime files are removed. No other file is
 //!    opened or changed, root's own included; and no process outside is traced or, from Linux 6.12 on, signalled (Landlock)
-//! 3. system calls: no program or process is started, no other process touched, no namespace, mount or module changed, and
-//!    no socket made but of the families in use: none of unix, so other agents are out of reach (seccomp)
+//! 3. system calls: no program or process is started, no other process touched, no namespace, mount, module, mode, owner or
+//!    attribute changed, and no socket made but of the families in use: none of unix, so other agents are out of reach
+//!    (seccomp)
 //!
 //! All of it before the second thread is made, and for good. What is forbidden in 3 fails with EPERM; the rest passes, so
 //! that a C library that uses another call for the same thing still works.
@@ -36,8 +37,9 @@ const KEPT: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::NET_RA
 /// The newest rules of Landlock that are asked for; an older kernel applies those it has.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Programs and processes; other processes; namespaces and mounts; the kernel itself, and its wider surfaces.
-const FORBIDDEN: [c_long; 46] = [
+/// Programs and processes; other processes; namespaces and mounts; what Landlock leaves open of files; the kernel itself, and
+/// its wider surfaces.
+const FORBIDDEN: [c_long; 61] = [
     libc::SYS_execve,
     libc::SYS_execveat,
     libc::SYS_ptrace,
@@ -66,6 +68,21 @@ const FORBIDDEN: [c_long; 46] = [
     libc::SYS_pivot_root,
     libc::SYS_chroot,
     libc::SYS_open_by_handle_at,
+    libc::SYS_truncate,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    SYS_FCHMODAT2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_socketpair,
+    libc::SYS_setpriority,
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
@@ -86,12 +103,31 @@ const FORBIDDEN: [c_long; 46] = [
     libc::SYS_quotactl,
 ];
 
-/// Older names for the same on this architecture.
+/// The same number everywhere; libc does not have it for every system.
+const SYS_FCHMODAT2: c_long = 452;
+
+/// What is only there, or only named by libc, on this architecture.
 #[cfg(target_arch = "x86_64")]
-const FORBIDDEN_HERE: [c_long; 5] =
-    [libc::SYS_fork, libc::SYS_vfork, libc::SYS_kexec_file_load, libc::SYS_iopl, libc::SYS_ioperm];
+const FORBIDDEN_HERE: [c_long; 11] = [
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_lchown,
+    libc::SYS_utime,
+    libc::SYS_utimes,
+    libc::SYS_futimesat,
+    libc::SYS_kexec_file_load,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+];
 #[cfg(not(target_arch = "x86_64"))]
 const FORBIDDEN_HERE: [c_long; 0] = [];
+
+/// x86_64 again, by other numbers (x32), where the kernel has it: nothing of it is used. The filter cannot tell it apart.
+const X32: c_long = 0x4000_0000;
+/// As many numbers as x32 has, those that only it has at the end.
+const X32_CALLS: c_long = 548;
 
 /// Families of the sockets that the agent makes.
 const FAMILIES: [libc::c_int; 4] = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET];
@@ -103,7 +139,9 @@ const FAMILIES: [libc::c_int; 4] = [libc::AF_INET, libc::AF_INET6, libc::AF_NETL
 /// The kernel refused. A kernel without Landlock is no error: it is warned of.
 pub(super) fn confine(runtime: &Path) -> anyhow::Result<()> {
     drop_all_but_network().context("give up capabilities")?;
-    restrict_files(runtime).context("give up the file system")?;
+    if !restrict_files(runtime).context("give up the file system")? {
+        warn!("this kernel has no Landlock: an agent that is taken over can open root's files");
+    }
     restrict_system_calls().context("give up system calls")
 }
 
@@ -127,8 +165,8 @@ fn drop_all_but_network() -> Result<(), Errno> {
     )
 }
 
-/// Sets no_new_privs too.
-fn restrict_files(runtime: &Path) -> anyhow::Result<()> {
+/// Sets no_new_privs too. Whether the kernel can.
+fn restrict_files(runtime: &Path) -> anyhow::Result<bool> {
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .scope(Scope::from_all(LANDLOCK))?
@@ -141,10 +179,7 @@ fn restrict_files(runtime: &Path) -> anyhow::Result<()> {
     ] {
         rules = rules.add_rule(PathBeneath::new(PathFd::new(path)?, access))?;
     }
-    if rules.restrict_self()?.ruleset == RulesetStatus::NotEnforced {
-        warn!("this kernel has no Landlock: an agent that is taken over can open root's files");
-    }
-    Ok(())
+    Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
 }
 
 fn restrict_system_calls() -> anyhow::Result<()> {
@@ -157,9 +192,13 @@ fn restrict_system_calls() -> anyhow::Result<()> {
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         FORBIDDEN.into_iter().chain(FORBIDDEN_HERE).map(|call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![no_thread])?]);
-    // What abort(3) sends itself passes.
+    // What abort(3) of glibc sends itself passes; that of musl ends the process in another way.
     rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![another_process])?]);
+    rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![when(0, SeccompCmpOp::Ne, 0)?])?]);
     rules.insert(libc::SYS_socket, vec![SeccompRule::new(another_family.collect::<Result<_, _>>()?)?]);
+    if cfg!(target_arch = "x86_64") {
+        rules.extend((0..X32_CALLS).map(|call| (call | X32, Vec::new())));
+    }
     forbid(rules, Errno::PERM)?;
     // Its flags are out of a filter's reach; without it, C libraries fall back to clone(2).
     forbid(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), Errno::NOSYS)
@@ -178,6 +217,7 @@ mod tests {
     use std::fs::File;
     use std::io::ErrorKind::PermissionDenied;
     use std::net::UdpSocket;
+    use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixDatagram;
     use std::process::Command;
 
@@ -205,15 +245,24 @@ mod tests {
         }
         let path = folder.path().to_owned();
         let confined = std::thread::spawn(move || {
-            restrict_files(&path).unwrap();
+            let open = File::create(&secret).unwrap();
+            let has_landlock = restrict_files(&path).unwrap();
             restrict_system_calls().unwrap();
             let denied = |error: std::io::Error| assert_eq!(error.kind(), PermissionDenied, "{error}");
-            for file in [&secret, Path::new("/etc/passwd"), &inside] {
-                denied(File::open(file).unwrap_err());
-                denied(File::options().write(true).open(file).unwrap_err());
+            if has_landlock {
+                for file in [&secret, Path::new("/etc/passwd"), &inside] {
+                    denied(File::open(file).unwrap_err());
+                    denied(File::options().write(true).open(file).unwrap_err());
+                }
+                denied(std::fs::write(path.join("new"), "").unwrap_err());
+                denied(std::fs::remove_file(&secret).unwrap_err());
+                std::thread::spawn(move || denied(File::open("/etc/passwd").unwrap_err())).join().unwrap();
             }
-            denied(std::fs::write(path.join("new"), "").unwrap_err());
-            denied(std::fs::remove_file(&secret).unwrap_err());
+            let mode = std::fs::Permissions::from_mode(0o777);
+            denied(std::fs::set_permissions(&secret, mode.clone()).unwrap_err());
+            denied(open.set_permissions(mode).unwrap_err());
+            denied(nix::unistd::truncate(&secret, 0).unwrap_err().into());
+            denied(UnixDatagram::pair().unwrap_err());
             denied(Command::new("/bin/true").spawn().unwrap_err());
             denied(UnixDatagram::unbound().unwrap_err());
             let parent = rustix::process::getppid().unwrap();
@@ -228,7 +277,7 @@ mod tests {
                 File::options().read(true).write(true).open("/dev/net/tun").unwrap();
             }
             UdpSocket::bind("127.0.0.1:0").unwrap();
-            std::thread::spawn(move || denied(File::open("/etc/passwd").unwrap_err())).join().unwrap();
+            open.set_len(1).unwrap();
         });
         confined.join().unwrap();
     }

@@ -102,10 +102,10 @@ const SEEN_IN: u8 = 2;
 const FIN_OUT: u8 = 4;
 const FIN_IN: u8 = 8;
 const RESET: u8 = 16;
-/// More than SYN and its answer: of TCP, whoever answers a SYN with a cookie has promised nothing yet.
-const OPEN: u8 = 32;
+/// Nothing came after a SYN but its answer, which promises nothing: it may be a SYN cookie.
+const HALF_OPEN: u8 = 32;
 /// Every bit of [`FlowRecord::seen`].
-pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET | OPEN;
+pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET | HALF_OPEN;
 
 /// Which way a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +122,9 @@ impl Flow {
         self.last_seen = now.instant;
         let before = self.seen;
         if tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN {
-            self.seen = 0;
+            self.seen = HALF_OPEN;
+        } else if tcp_flags & (TCP_SYN | TCP_RST) == 0 {
+            self.seen &= !HALF_OPEN;
         }
         let (seen, fin) = match direction {
             Direction::Outbound => (SEEN_OUT, FIN_OUT),
@@ -134,8 +136,6 @@ impl Flow {
         }
         if tcp_flags & TCP_RST != 0 {
             self.seen |= RESET;
-        } else if tcp_flags & TCP_SYN == 0 {
-            self.seen |= OPEN;
         }
         self.changed |= self.seen != before;
     }
@@ -165,7 +165,7 @@ impl Flow {
     /// Whether both sides speak: of TCP, whether the handshake is over.
     fn is_open(&self) -> bool {
         let is_hairpin = matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. });
-        self.is_replied() && (is_hairpin || self.tuple.protocol != protocol::TCP || self.seen & OPEN != 0)
+        self.is_replied() && (is_hairpin || self.seen & HALF_OPEN == 0)
     }
 
     /// Whether little is lost with it: nobody answered, or both sides are done.

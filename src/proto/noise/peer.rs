@@ -286,7 +286,8 @@ impl Peer {
         if greatest.is_some_and(|greatest| consumed.stamp <= greatest) {
             return Err(DropReason::HandshakeReplay);
         }
-        // Initiations that we read late come together though they were sent apart, and only the newest is waited for.
+        // Initiations that we read late come together though they were sent apart, and only the newest is waited for. What a
+        // peer gains by lying about it, `limits` bounds.
         let sent_apart = greatest.is_none_or(|last| consumed.stamp.since(last) >= INITIATION_INTERVAL);
         if !sent_apart && self.last_consumed.is_some_and(|last| since(last, now) < INITIATION_INTERVAL) {
             return Err(DropReason::HandshakeFlood);

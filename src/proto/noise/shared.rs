@@ -61,19 +61,21 @@ impl Shared {
         bytes
     }
 
-    /// The time stamp for an initiation: later than every one before, also when the wall clock went back. But if it went
-    /// back so far that peers take the last stamp for one of the far future, it was wrong then: the time itself is right.
+    /// The time stamp for an initiation: later than every one before, also when the wall clock went back. Where it went back
+    /// so far that it was wrong before or is wrong now, nobody knows which: the one or the other stamp, at random.
     pub(super) fn stamp(&mut self, now: Now) -> Tai64n {
-        let stamp = match self.last_stamp.filter(|last| *last <= now.wall + CLOCK_SKEW) {
-            Some(last) => now.wall.max(last.saturating_add(Duration::from_nanos(1))),
-            None => now.wall,
-        };
+        let later =
+            self.last_stamp.map_or(Duration::ZERO, |last| last.saturating_add(Duration::from_nanos(1)));
+        let stamp = later.max(now.wall);
+        if stamp > now.wall + CLOCK_SKEW && self.rng.next_u32().is_multiple_of(2) {
+            return Tai64n::from_unix(now.wall);
+        }
         self.last_stamp = Some(stamp);
         self.stamp_rose = true;
         Tai64n::from_unix(stamp)
     }
 
-    /// Every stamp from now on is later than `floor`.
+    /// A former agent has sent `floor`: stamps from now on are later.
     pub(super) fn raise_stamp(&mut self, floor: Duration) {
         self.last_stamp = self.last_stamp.max(Some(floor));
     }

@@ -102,6 +102,8 @@ pub(super) struct Pair {
     pub(super) sides: [Side; 2],
     pub(super) now: Now,
     pub(super) start: Now,
+    /// How far each side's wall clock is behind.
+    pub(super) behind: [Duration; 2],
     pub(super) link: Link,
     /// Datagrams to each side are lost while set.
     pub(super) cut: [bool; 2],
@@ -137,6 +139,7 @@ impl Pair {
             sides: [side(A), side(B)],
             now,
             start: now,
+            behind: [Duration::ZERO; 2],
             link,
             cut: [false; 2],
             log: Vec::new(),
@@ -166,8 +169,13 @@ impl Pair {
         peer.is_sendable(&transport.shared, self.now)
     }
 
+    /// What a side's clocks say.
+    fn clock(&self, side: usize) -> Now {
+        Now { wall: self.now.wall - self.behind[side], ..self.now }
+    }
+
     pub(super) fn begin(&mut self, side: usize) {
-        let (peer, now) = (self.sides[side].peer, self.now);
+        let (peer, now) = (self.sides[side].peer, self.clock(side));
         self.sides[side].transport.begin(peer, now);
         self.flush(side);
     }
@@ -206,7 +214,8 @@ impl Pair {
         bytes: &[u8],
     ) -> Result<Received, DropReason> {
         let mut bytes = bytes.to_vec();
-        let result = self.sides[to].transport.handle(from, &mut bytes, self.now);
+        let now = self.clock(to);
+        let result = self.sides[to].transport.handle(from, &mut bytes, now);
         let side = &mut self.sides[to];
         match &result {
             Ok(Received::Handshake) => {}
@@ -243,7 +252,8 @@ impl Pair {
                 self.log.push(datagram);
             }
             for side in [A, B] {
-                self.sides[side].transport.handle_timeout(self.now);
+                let now = self.clock(side);
+                self.sides[side].transport.handle_timeout(now);
                 self.flush(side);
             }
         }
