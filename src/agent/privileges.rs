@@ -126,8 +126,8 @@ const FORBIDDEN_HERE: [c_long; 0] = [];
 
 /// x86_64 again, by other numbers (x32), where the kernel has it: nothing of it is used. The filter cannot tell it apart.
 const X32: c_long = 0x4000_0000;
-/// As many numbers as x32 has, those that only it has at the end.
-const X32_CALLS: c_long = 548;
+/// The calls that have another number there, not only that bit.
+const X32_CALLS: std::ops::Range<c_long> = 512..548;
 
 /// Families of the sockets that the agent makes.
 const FAMILIES: [libc::c_int; 4] = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET];
@@ -197,7 +197,8 @@ fn restrict_system_calls() -> anyhow::Result<()> {
     rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![when(0, SeccompCmpOp::Ne, 0)?])?]);
     rules.insert(libc::SYS_socket, vec![SeccompRule::new(another_family.collect::<Result<_, _>>()?)?]);
     if cfg!(target_arch = "x86_64") {
-        rules.extend((0..X32_CALLS).map(|call| (call | X32, Vec::new())));
+        let calls: Vec<_> = rules.keys().copied().chain(X32_CALLS).collect();
+        rules.extend(calls.into_iter().map(|call| (call | X32, Vec::new())));
     }
     forbid(rules, Errno::PERM)?;
     // Its flags are out of a filter's reach; without it, C libraries fall back to clone(2).

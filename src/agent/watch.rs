@@ -10,7 +10,6 @@
 //! Source: rtnetlink(7), netlink(7), linux/netfilter/nfnetlink.h.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -26,8 +25,9 @@ const BETWEEN: Duration = Duration::from_millis(100);
 const PERIOD: Duration = Duration::from_secs(10);
 /// An agent that is awake does the next check so much early: at rest the launcher's heartbeat wakes it for both.
 const EARLY: Duration = Duration::from_millis(1_500);
-/// Between two log lines about one kind of tampering.
-const TOLD_EVERY: Duration = Duration::from_secs(60);
+/// Log lines about one kind of tampering at once, and between two of them later.
+const TOLD_AT_ONCE: u32 = 20;
+const TOLD_EVERY: Duration = Duration::from_secs(6);
 /// Events taken from one socket per turn: packets go on under a flood of them.
 const TURN: usize = 64;
 /// What is read of an event: both headers, of netlink and of the link.
@@ -142,7 +142,7 @@ pub struct TamperCounts {
     pub counts: BTreeMap<Tampering, (u64, u64)>,
     /// What could not be repaired and is still so.
     pub standing: Vec<Tampering>,
-    /// When the last log line about a kind, repaired or standing, was due.
+    /// By kind, repaired or standing: when as many log lines as at first may be written again.
     told: BTreeMap<(Tampering, bool), Instant>,
 }
 
@@ -162,14 +162,16 @@ impl TamperCounts {
         new
     }
 
-    /// Whether a log line about it is due: one in [`TOLD_EVERY`], however often the pod does it again. Counts have them all.
+    /// Whether a log line about it is written: [`TOLD_AT_ONCE`], then one every [`TOLD_EVERY`], however often the pod does it
+    /// again. Counts have them all.
     pub(super) fn is_told(&mut self, kind: Tampering, stands: bool, now: Instant) -> bool {
-        let told = self.told.entry((kind, stands));
-        let due = !matches!(&told, Entry::Occupied(last) if now.saturating_duration_since(*last.get()) < TOLD_EVERY);
-        if due {
-            told.insert_entry(now);
+        let told = self.told.entry((kind, stands)).or_insert(now);
+        let after = (*told).max(now) + TOLD_EVERY;
+        let is_told = after.saturating_duration_since(now) <= TOLD_EVERY * TOLD_AT_ONCE;
+        if is_told {
+            *told = after;
         }
-        due
+        is_told
     }
 }
 
@@ -326,8 +328,11 @@ mod tests {
             let moments = (0..1_300).map(|n| start + Duration::from_millis(100 * n));
             moments.filter(|now| counts.is_told(Tampering::RouteMissing, stands, *now)).count()
         };
-        assert_eq!((lines(&mut counts, false), lines(&mut counts, true)), (3, 3));
+        let (at_once, later) = (20, 129 / 6);
+        assert_eq!((lines(&mut counts, false), lines(&mut counts, true)), (at_once + later, at_once + later));
         assert!(counts.is_told(Tampering::RuleMissing, false, start));
+        let rested = start + Duration::from_secs(130 + 120);
+        assert_eq!((0..30).filter(|_| counts.is_told(Tampering::RouteMissing, true, rested)).count(), 20);
     }
 
     #[test]
