@@ -5,6 +5,9 @@
 //! 3. the packet leaves by `lo`, where the guard does not look, and arrives with the route of its way out still attached:
 //!    neither the reverse-path check nor the martian check is made, so any source and any rp_filter will do
 //!
+//! IPv4: the kernel gives whatever has the identification 0 one of its own, each fragment of a datagram another; so fragments
+//! of datagram 0 are injected as another one's.
+//!
 //! The socket bears no mark: with `tcp_fwmark_accept` an accepted connection would inherit it and leave outside the tunnel.
 //!
 //! Source: raw(7), ipv6(7).
@@ -17,10 +20,13 @@ use nix::sys::socket::{MsgFlags, SockaddrIn, SockaddrIn6, sendto};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::wire::checksum::complete_partial;
-use crate::wire::packet::Packet;
+use crate::wire::packet::{Fragment, Packet, Version};
 
 /// Send buffer: a burst of super-packets' worth of segments.
 const SEND_BUFFER: usize = 4 << 20;
+
+/// Identification of datagrams whose own is 0; those that were sent just before and after are far from it.
+const INSTEAD_OF_ZERO: u16 = 0x8000;
 
 /// One raw socket per family.
 #[derive(Debug)]
@@ -54,6 +60,10 @@ impl RawInjector {
         let packet = &mut packet[..parsed.len];
         if let Some((start, offset)) = partial {
             complete_partial(packet, start.into(), offset.into()).ok_or_else(malformed)?;
+        }
+        if matches!((parsed.version, parsed.fragment), (Version::V4, Some(Fragment { id: 0, .. }))) {
+            // The kernel computes the header's checksum.
+            packet[4..6].copy_from_slice(&INSTEAD_OF_ZERO.to_be_bytes());
         }
         // Port 0: for a raw IPv6 socket any other would have to be its protocol.
         match (parsed.destination, &self.v6) {

@@ -29,7 +29,7 @@ pub enum DropReason {
     HeldTooLong,
     /// The flow table is full.
     FlowTableFull,
-    /// A fragment whose first fragment was never seen.
+    /// A fragment whose first fragment was not seen in time.
     FragmentUnmatched,
     /// A sealed packet would not fit the path.
     TooBig,

@@ -27,7 +27,7 @@ use crate::wire::vnet::VnetHeader;
 
 const MAGIC: &[u8; 7] = b"tencrho";
 /// Raised whenever [`State`] or what it holds changes.
-const VERSION: u8 = 3;
+const VERSION: u8 = 4;
 /// Far above what bounded tables and queues can come to.
 const MAX_LEN: usize = 256 << 20;
 /// More words than there are.
@@ -73,8 +73,8 @@ struct State {
     injects: Vec<(Origin, u64, [u8; 10], Vec<u8>)>,
     /// Captured packets that wait for the directory.
     unrouted: Vec<(Duration, Vec<u8>)>,
-    /// Opened packets that wait for the directory or a route.
-    inbound: Vec<(Duration, IpAddr, Vec<u8>, bool)>,
+    /// Opened packets that wait for the directory, a route or their first fragment.
+    inbound: Vec<(Duration, IpAddr, Vec<u8>)>,
 }
 
 impl Engine {
@@ -106,10 +106,8 @@ impl Engine {
             Some((*key, left(*until), peer, (change.source, change.destination)))
         });
         let unrouted = self.held.take_unrouted().into_iter();
-        let inbound = std::mem::take(&mut self.held.inbound).into_iter().map(|held| {
-            let for_service = held.reason == DropReason::ServiceUnknown;
-            (left(held.until), held.peer, held.bytes, for_service)
-        });
+        let inbound = std::mem::take(&mut self.held.inbound).into_iter();
+        let inbound = inbound.map(|held| (left(held.until), held.peer, held.bytes));
         let state = State {
             wall: now.wall,
             stamp: self.peers.transport.last_stamp(),
@@ -174,11 +172,12 @@ impl Engine {
                 self.owned.push_back(Owned { origin, packets, vnet, bytes });
             }
         }
-        for (remaining, peer, mut bytes, for_service) in state.inbound.into_iter().take(INBOUND) {
+        for (remaining, peer, mut bytes) in state.inbound.into_iter().take(INBOUND) {
             let Some(packet) = Packet::parse(&bytes) else { continue };
             bytes.truncate(packet.len);
-            let reason = if for_service { DropReason::ServiceUnknown } else { DropReason::HeldTooLong };
             let until = then + remaining.min(HELD_LIFE);
+            // What it waits for is said again below.
+            let reason = DropReason::HeldTooLong;
             self.held.inbound.push_back(HeldPacket { until, peer, bytes, reason });
         }
         for (remaining, burst) in state.unrouted {

@@ -26,11 +26,11 @@ use crate::wire::packet::{Packet, protocol};
 use crate::wire::rewrite::{self, Rewrite};
 use crate::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
 
-/// How long a packet waits for the directory or for a route.
+/// How long a packet waits for the directory, for a route, or for its first fragment.
 pub(super) const HELD_LIFE: Duration = Duration::from_secs(1);
 /// Captured packets held for the directory.
 const UNROUTED: usize = 128;
-/// Opened packets held for the directory or the peer gate. A peer may have as many as it leaves free: 64 alone, and the
+/// Opened packets held for the directory, the peer gate or their first fragment. A peer may have as many as it leaves free: 64 alone, and the
 /// next one finds room.
 pub(super) const INBOUND: usize = 128;
 
@@ -96,6 +96,9 @@ impl Engine {
             Verdict::Hold(reason) => return self.held.hold_inbound(now, peer, &buffer[range], reason),
         }
         self.counters.opened += 1;
+        if packet.is_first_fragment() && self.held.has_fragments(peer) {
+            self.retry_held(now);
+        }
         Ok(())
     }
 
@@ -241,7 +244,8 @@ impl Engine {
                 Ok(Verdict::Inject)
             }
             Some(_) => Err(DropReason::NotOwner),
-            None if protocol::has_ports(packet.protocol) => Err(DropReason::FragmentUnmatched),
+            // Overtaken, or held: the first one may still come.
+            None if protocol::has_ports(packet.protocol) => Ok(Verdict::Hold(DropReason::FragmentUnmatched)),
             None if packet.source != peer => Err(DropReason::NotOwner),
             None if !self.own.contains(&packet.destination) => Err(DropReason::NotForUs),
             None => Ok(Verdict::Inject),
@@ -289,20 +293,27 @@ impl Engine {
         if ours || inner.destination == peer { Ok(Verdict::Inject) } else { Err(DropReason::NotOwner) }
     }
 
-    /// A route or the directory changed: opened packets that waited get another chance.
+    /// A route or the directory changed, or a first fragment came: opened packets that waited get another chance.
     pub(super) fn retry_held(&mut self, now: Now) {
-        for mut held in self.held.take_inbound() {
-            let Some(packet) = Packet::parse(&held.bytes) else {
-                self.counters.inbound_drops.add(DropReason::Malformed, 1);
-                continue;
-            };
-            match self.admit(held.peer, &mut held.bytes, &packet, now) {
-                Ok(Verdict::Inject) => {
-                    self.counters.opened += 1;
-                    self.push_opened(held.bytes);
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            for mut held in self.held.take_inbound() {
+                let Some(packet) = Packet::parse(&held.bytes) else {
+                    self.counters.inbound_drops.add(DropReason::Malformed, 1);
+                    continue;
+                };
+                match self.admit(held.peer, &mut held.bytes, &packet, now) {
+                    Ok(Verdict::Inject) => {
+                        // Its later ones may stand before it.
+                        again |= packet.is_first_fragment();
+                        self.counters.opened += 1;
+                        self.push_opened(held.bytes);
+                    }
+                    Ok(Verdict::Hold(reason)) => {
+                        self.held.inbound.push_back(HeldPacket { reason, ..held });
+                    }
+                    Err(reason) => self.counters.inbound_drops.add(reason, 1),
                 }
-                Ok(Verdict::Hold(_)) => self.held.inbound.push_back(held),
-                Err(reason) => self.counters.inbound_drops.add(reason, 1),
             }
         }
     }
@@ -338,7 +349,7 @@ pub(super) struct HeldPacket {
     pub(super) reason: DropReason,
 }
 
-/// Packets that wait: captured ones for the directory, opened ones for the directory or the peer gate.
+/// Packets that wait: captured ones for the directory, opened ones for what [`INBOUND`] says.
 pub(super) struct Held {
     unrouted: VecDeque<(Instant, Vec<u8>)>,
     pub(super) inbound: VecDeque<HeldPacket>,
@@ -379,6 +390,12 @@ impl Held {
 
     pub(super) fn take_unrouted(&mut self) -> VecDeque<(Instant, Vec<u8>)> {
         std::mem::take(&mut self.unrouted)
+    }
+
+    /// Whether fragments of `peer` wait for their first one.
+    fn has_fragments(&self, peer: IpAddr) -> bool {
+        let waits = |held: &HeldPacket| held.reason == DropReason::FragmentUnmatched && held.peer == peer;
+        self.inbound.iter().any(waits)
     }
 
     fn take_inbound(&mut self) -> VecDeque<HeldPacket> {

@@ -191,6 +191,12 @@ impl Packet {
         self.fragment.is_some_and(|f| f.offset > 0)
     }
 
+    /// True of the fragment that starts with the transport header.
+    #[must_use]
+    pub fn is_first_fragment(&self) -> bool {
+        self.fragment.is_some_and(|f| f.offset == 0)
+    }
+
     /// Source and destination port of TCP, UDP, UDP-Lite, SCTP and DCCP; `None` for later fragments.
     #[must_use]
     pub fn ports(&self, bytes: &[u8]) -> Option<(u16, u16)> {

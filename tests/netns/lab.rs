@@ -406,9 +406,17 @@ impl Lab {
         recorded.split_whitespace().next()?.parse().ok().map(Pid::from_raw)
     }
 
-    /// The end of every log of the agents, for a failed test's report.
+    /// What agents and pods counted, and the end of every log, for a failed test's report.
     pub fn logs(&self) -> String {
         let mut text = String::new();
+        for pod in PROTECTED {
+            let mut status = Command::new(tencrypt());
+            status.args(["status", &format!("{}-{pod}", self.name), "-o", "json"]);
+            let status = run(&mut status, Duration::from_secs(15));
+            let status: serde_json::Value = serde_json::from_str(&status.out).unwrap_or_default();
+            let kernel = self.exec(pod, "grep -E '^(Ip|Udp):' /proc/net/snmp", Duration::from_secs(15));
+            text += &format!("--- {pod}\n{}\n{}\n{}", status["counters"], status["guard"], kernel.out);
+        }
         let Ok(entries) = fs::read_dir(self.run_dir().join("log")) else { return text };
         let mut paths: Vec<_> = entries.flatten().map(|e| e.path()).collect();
         paths.sort();

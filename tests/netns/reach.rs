@@ -6,10 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::SockAddr;
+use tencrypt::agent::raw_socket::RawInjector;
 
 use crate::Case;
 use crate::lab::{Agents, BACKENDS, Lab, echo_vips, web_vips};
-use crate::packets::CANARY;
+use crate::packets::{self, CANARY};
 
 /// The cases of this file.
 pub const CASES: &[Case] = &[
@@ -35,6 +36,7 @@ pub const CASES: &[Case] = &[
         .agents(Agents::On("--inject raw"))
         .every_rp_filter()
         .sealed(),
+    Case::new("raw_injection_keeps_the_fragments_of_datagram_zero_together", datagram_zero),
     Case::new("promise_1_icmp_echo_between_pods_is_sealed", icmp_echo).every_rp_filter().sealed(),
     Case::new("promise_1_an_unknown_ip_protocol_is_sealed", other_protocol).every_rp_filter().sealed(),
     Case::new("promise_1_raw_injection_carries_any_ip_protocol", other_protocol)
@@ -159,6 +161,22 @@ fn udp_echo(lab: &Lab) {
             }
         }
     }
+}
+
+/// An IPv4 datagram whose identification is zero, as one in 65,536 is: to a raw socket that means "choose one".
+fn datagram_zero(lab: &Lab) {
+    let (from, pod) = (lab.pod("shop-client").v4, lab.pod("shop-web1"));
+    let receiver = pod.udp((pod.v4, 9_300));
+    let injector = pod.enter(RawInjector::open).expect("raw sockets");
+    let sent: Vec<u8> = CANARY.iter().copied().cycle().take(1_800).collect();
+    let packet = packets::udp(from.into(), pod.v4.into(), 4_000, 9_300, &sent);
+    for mut part in packets::fragments(&packet, 1_200) {
+        part[4..6].fill(0);
+        injector.inject(&mut part, None).expect("injected");
+    }
+    let mut buffer = [0; 2_000];
+    let (n, source) = receiver.recv_from(&mut buffer).expect("both fragments, put together");
+    assert!(source == SocketAddr::from((from, 4_000)) && buffer[..n] == sent, "{n} bytes from {source}");
 }
 
 /// The backends' own addresses.

@@ -186,6 +186,61 @@ fn promise_4_a_later_fragment_follows_the_first_one_of_the_same_peer_alone() {
     assert_eq!(admit(network, 1, CLIENT[0], &later(CLIENT[0], THIRD[0])), Err(DropReason::NotForUs));
 }
 
+/// Both fragments of a datagram from the client to the VIP, sealed, not yet delivered.
+fn sealed_fragments(network: &mut Network, id: u16) -> [Vec<u8>; 2] {
+    fragments(&udp((CLIENT[0], 4000), (VIP[0], 80), &[0x55; 2000]), id).map(|part| {
+        network.hand_over(0, VnetHeader::PLAIN, &part);
+        network.nodes[0].engine.poll_transmit().unwrap().bytes.to_vec()
+    })
+}
+
+#[test]
+fn a_fragment_that_overtook_its_first_one_waits_for_it() {
+    let mut network = Network::project();
+    network.capture(0, &udp((CLIENT[0], 4000), (VIP[0], 80), b"session"));
+    network.inbox(1);
+    let whole = udp((CLIENT[0], 4000), (SERVER[0], 8080), &[0x55; 2000]);
+    let deliver = |network: &mut Network, datagram: &[u8]| {
+        network.deliver(0, at(SERVER[0], PORT), datagram, datagram.len());
+        network.inbox(1)
+    };
+    let [first, later] = sealed_fragments(&mut network, 1);
+    assert!(deliver(&mut network, &later).is_empty());
+    let got = deliver(&mut network, &first);
+    assert_eq!([&got[0][20..], &got[1][20..]].concat(), whole[20..]);
+    // Another one's first fragment is not it, and time ends.
+    let [_, later] = sealed_fragments(&mut network, 2);
+    assert!(deliver(&mut network, &later).is_empty());
+    let [first, _] = sealed_fragments(&mut network, 3);
+    assert_eq!(deliver(&mut network, &first).len(), 1);
+    network.advance(Duration::from_millis(1_100));
+    assert!(network.inbox(1).is_empty());
+    assert_eq!(network.dropped(1, DropReason::FragmentUnmatched), 1);
+}
+
+#[test]
+fn fragments_wait_for_a_service_together_in_any_order() {
+    for overtaken in [false, true] {
+        let mut network = Network::new(&[CLIENT, SERVER]);
+        network.tell(0, everything());
+        network.tell(1, vec![workload(ip(CLIENT[0]))]);
+        network.capture(0, &udp((CLIENT[0], 1), (SERVER[0], 1), b"session"));
+        network.inbox(1);
+        let mut sealed = sealed_fragments(&mut network, 1);
+        if overtaken {
+            sealed.reverse();
+        }
+        for datagram in sealed {
+            network.deliver(0, at(SERVER[0], PORT), &datagram, datagram.len());
+        }
+        assert!(network.inbox(1).is_empty());
+        network.tell(1, everything());
+        let whole = udp((CLIENT[0], 4000), (SERVER[0], 8080), &[0x55; 2000]);
+        let got = network.inbox(1);
+        assert_eq!([&got[0][20..], &got[1][20..]].concat(), whole[20..], "overtaken: {overtaken}");
+    }
+}
+
 #[test]
 fn promise_4_an_icmp_error_is_judged_by_the_packet_that_it_quotes() {
     let network = &mut Network::project();
