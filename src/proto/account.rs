@@ -98,7 +98,7 @@ pub struct Counters {
 pub struct Waiting {
     /// For their turn, for a session, or for the directory to place them.
     pub outbound: u64,
-    /// For the directory, or for their peer's route.
+    /// For the directory, for their peer's route, or for their first fragment.
     pub inbound: u64,
     /// For the routes of what they name.
     pub answers: u64,

@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use super::account::{Counters, packets_of};
 use super::drop::DropReason;
+use super::fragment::FragmentKey;
 use super::inbound::{HELD_LIFE, HeldPacket, INBOUND};
 use super::journal::{self, FlowRecord};
 use super::outbound::Route;
@@ -51,7 +52,7 @@ pub enum ImportError {
 /// Source and destination of a [`Rewrite`].
 type Exchange = (Option<(IpAddr, Option<u16>)>, Option<(IpAddr, Option<u16>)>);
 /// Which fragments, how long they are remembered, the peer they go to or come from (none: a hairpin), and the change.
-type Fragment = ((IpAddr, IpAddr, u8, u32), Duration, Option<IpAddr>, Exchange);
+type Fragment = (FragmentKey, Duration, Option<IpAddr>, Exchange);
 
 #[derive(Serialize, Deserialize)]
 struct State {
@@ -97,13 +98,14 @@ impl Engine {
             }
         }
         let left = |until: std::time::Instant| until.saturating_duration_since(now.instant);
-        let fragments = self.fragments.iter().filter_map(|(key, (until, route))| {
+        let fragments = self.sent_fragments.iter().chain(self.received_fragments.iter());
+        let fragments = fragments.filter_map(|(key, route, until)| {
             let (peer, change) = match route {
-                Route::Peer(peer, change) => (Some(*peer), change),
+                Route::Peer(peer, change) => (Some(peer), change),
                 Route::Hairpin(change) => (None, change),
                 Route::Unknown => return None,
             };
-            Some((*key, left(*until), peer, (change.source, change.destination)))
+            Some((key, left(until), peer, (change.source, change.destination)))
         });
         let unrouted = self.held.take_unrouted().into_iter();
         let inbound = std::mem::take(&mut self.held.inbound).into_iter();
@@ -155,7 +157,9 @@ impl Engine {
         for (key, remaining, peer, (source, destination)) in state.fragments {
             let change = Rewrite { source, destination };
             let route = peer.map_or(Route::Hairpin(change), |peer| Route::Peer(peer, change));
-            self.fragments.restore(key, then, remaining, route);
+            let sent = self.own.contains(&key.0);
+            let table = if sent { &mut self.sent_fragments } else { &mut self.received_fragments };
+            table.restore(key, then, remaining, route);
         }
         for (to, message) in state.messages {
             self.peers.transport.send_on(to, message);

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::account::packets_of;
 use super::drop::DropReason;
+use super::fragment::key;
 use super::nat::{Direction, Kind, Tuple};
 use super::noise::Received;
 use super::outbound::Route;
@@ -30,8 +31,8 @@ use crate::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
 pub(super) const HELD_LIFE: Duration = Duration::from_secs(1);
 /// Captured packets held for the directory.
 const UNROUTED: usize = 128;
-/// Opened packets held for the directory, the peer gate or their first fragment. A peer may have as many as it leaves free: 64 alone, and the
-/// next one finds room.
+/// Opened packets held for the directory, the peer gate or their first fragment. A peer may have as many as it leaves free:
+/// 64 alone, and the next one finds room.
 pub(super) const INBOUND: usize = 128;
 
 /// What is decided about an opened packet.
@@ -96,7 +97,7 @@ impl Engine {
             Verdict::Hold(reason) => return self.held.hold_inbound(now, peer, &buffer[range], reason),
         }
         self.counters.opened += 1;
-        if packet.is_first_fragment() && self.held.has_fragments(peer) {
+        if packet.is_first_fragment() && self.held.has_fragment_of(peer, &packet) {
             self.retry_held(now);
         }
         Ok(())
@@ -121,7 +122,11 @@ impl Engine {
             return Ok(Verdict::Hold(DropReason::HeldTooLong));
         }
         if packet.is_later_fragment() {
-            return self.admit_later_fragment(peer, bytes, packet);
+            return self.admit_later_fragment(peer, bytes, packet, now);
+        }
+        // Two peers that answer as one VIP cannot have their bytes put together.
+        if self.received_fragments.get(packet, now).is_some_and(|route| route.peer() != Some(peer)) {
+            return Err(DropReason::NotOwner);
         }
         if let Some((source_port, destination_port)) = packet.ports(bytes) {
             let wire = Tuple {
@@ -139,7 +144,7 @@ impl Engine {
                 }
             };
             if packet.fragment.is_some() {
-                self.fragments.insert(packet, Route::Peer(peer, change), now);
+                self.received_fragments.insert(packet, Route::Peer(peer, change), now);
             }
             rewrite::apply(bytes, packet, &change, false);
             return Ok(Verdict::Inject);
@@ -168,8 +173,9 @@ impl Engine {
             let wire = Tuple { protocol: packet.protocol, local, remote };
             self.flows.get_by_wire(&wire).is_some() || self.flows.get(&wire).is_some()
         });
+        let datagram = self.received_fragments.get(packet, now).and_then(|route| route.peer());
         ladder.handle_able(peer, now);
-        known
+        known || packet.is_later_fragment() && datagram == Some(peer)
     }
 
     /// To our own address: from the peer itself, or the answer of the endpoint that we chose.
@@ -237,9 +243,11 @@ impl Engine {
         peer: IpAddr,
         bytes: &mut [u8],
         packet: &Packet,
+        now: Now,
     ) -> Result<Verdict, DropReason> {
-        match self.fragments.get(packet) {
+        match self.received_fragments.get(packet, now) {
             Some(Route::Peer(owner, change)) if owner == peer => {
+                self.received_fragments.follow(packet);
                 rewrite::apply(bytes, packet, &change, false);
                 Ok(Verdict::Inject)
             }
@@ -392,10 +400,10 @@ impl Held {
         std::mem::take(&mut self.unrouted)
     }
 
-    /// Whether fragments of `peer` wait for their first one.
-    fn has_fragments(&self, peer: IpAddr) -> bool {
-        let waits = |held: &HeldPacket| held.reason == DropReason::FragmentUnmatched && held.peer == peer;
-        self.inbound.iter().any(waits)
+    /// Whether a fragment of the datagram that `first` begins waits for it.
+    fn has_fragment_of(&self, peer: IpAddr, first: &Packet) -> bool {
+        let follows = |held: &HeldPacket| Packet::parse(&held.bytes).is_some_and(|p| key(&p) == key(first));
+        self.inbound.iter().any(|held| held.peer == peer && follows(held))
     }
 
     fn take_inbound(&mut self) -> VecDeque<HeldPacket> {

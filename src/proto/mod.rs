@@ -7,7 +7,7 @@
 //! What the pod sends waits in `queue`, flow by flow, until [`Engine::poll_captured`] deals with the next burst.
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
-//! who), [`update`] (how that changes), [`peers`] (sessions), [`nat`] (flows), [`balance`] (endpoint choice), [`mtu`],
+//! who), [`update`] (how that changes), [`peers`] (sessions), [`nat`] (flows), `fragment`, [`balance`] (endpoint choice), [`mtu`],
 //! [`mod@drop`] and [`account`] (every way to end, and how often).
 //!
 //! Whatever is not a packet is done in bounded steps: [`Engine::handle_timeout`] does one, and [`Engine::poll_timeout`]
@@ -37,6 +37,7 @@ pub mod balance;
 pub mod directory;
 pub mod dns;
 pub mod drop;
+mod fragment;
 pub mod handover;
 pub mod inbound;
 pub mod journal;
@@ -56,12 +57,12 @@ use account::{Counters, Waiting};
 use directory::Directory;
 use dns::{Dns, Forward, QueryId, StreamId};
 use drop::DropReason;
+use fragment::FragmentTable;
 use inbound::Held;
 use journal::{Record, Restored};
 use ladder::{Ladder, Mode, Standing};
 use nat::Flows;
 use noise::{Identity, Transport};
-use outbound::FragmentTable;
 use peers::{Peers, Transmit, Transmits};
 use queue::CaptureQueue;
 use routing::{Batch, BatchId, Routing};
@@ -175,7 +176,8 @@ pub struct Engine {
     older_flows: BTreeSet<IpAddr>,
     peers: Peers,
     flows: Flows,
-    fragments: FragmentTable,
+    sent_fragments: FragmentTable,
+    received_fragments: FragmentTable,
     held: Held,
     transmits: Transmits,
     control: Option<(SocketAddr, Vec<u8>)>,
@@ -220,7 +222,8 @@ impl Engine {
             older_flows: BTreeSet::new(),
             peers: Peers::new(transport, config.port, peer_seed),
             flows: Flows::new(flow_seed),
-            fragments: FragmentTable::new(),
+            sent_fragments: FragmentTable::new(),
+            received_fragments: FragmentTable::new(),
             held: Held::new(),
             transmits: Transmits::default(),
             control: None,
@@ -352,7 +355,8 @@ impl Engine {
         self.counters.answer_drops.add(DropReason::DnsTimeout, answers);
         self.expire_held(now);
         if self.next_sweep.is_some_and(|at| at <= now.instant) {
-            self.fragments.sweep(now);
+            self.sent_fragments.sweep(now);
+            self.received_fragments.sweep(now);
             if self.flows.sweep(now) {
                 self.next_sweep = None;
             }
@@ -391,7 +395,9 @@ impl Engine {
                 self.routing.decide(address, captured);
             }
         }
-        if self.next_sweep.is_none() && !(self.flows.is_empty() && self.fragments.is_empty()) {
+        let tables = [&self.sent_fragments, &self.received_fragments];
+        let is_empty = self.flows.is_empty() && tables.iter().all(|table| table.is_empty());
+        if self.next_sweep.is_none() && !is_empty {
             self.next_sweep = Some(now.instant + SWEEP_INTERVAL);
         }
     }

@@ -11,7 +11,6 @@
 //! The functions below stand in that order. Sans-IO; no allocation per packet of a known flow.
 //! Source: WireGuard paper §5.4.6 (transport data); RFC 792, RFC 4443 (errors), RFC 5508 (NAT of ICMP errors).
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -41,6 +40,12 @@ pub(super) enum Route {
     Hairpin(Rewrite),
     /// Nobody knows the destination yet.
     Unknown,
+}
+
+impl Route {
+    pub(super) fn peer(&self) -> Option<IpAddr> {
+        if let Self::Peer(peer, _) = self { Some(*peer) } else { None }
+    }
 }
 
 impl Engine {
@@ -207,8 +212,11 @@ impl Engine {
     fn route(&mut self, bytes: &mut [u8], packet: &Packet, now: Now) -> Result<Route, DropReason> {
         let direct = || Route::Peer(packet.destination, Rewrite::NONE);
         if packet.is_later_fragment() {
-            return match self.fragments.get(packet) {
-                Some(route) => Ok(route),
+            return match self.sent_fragments.get(packet, now) {
+                Some(route) => {
+                    self.sent_fragments.follow(packet);
+                    Ok(route)
+                }
                 None if protocol::has_ports(packet.protocol) => Err(DropReason::FragmentUnmatched),
                 None if self.peers.contains(packet.destination) => Ok(direct()),
                 None => Ok(Route::Unknown),
@@ -223,7 +231,7 @@ impl Engine {
             let flags = packet.tcp_flags(bytes).unwrap_or(0);
             let route = self.route_flow(&tuple, flags, now)?;
             if packet.fragment.is_some() {
-                self.fragments.insert(packet, route, now);
+                self.sent_fragments.insert(packet, route, now);
             }
             return Ok(route);
         }
@@ -397,62 +405,4 @@ fn route_of(kind: Kind, peer: IpAddr, tuple: &Tuple) -> Route {
             destination: Some((tuple.local.0, Some(client_port))),
         }),
     }
-}
-
-/// Datagrams in fragments that are remembered at one time.
-const FRAGMENTS: usize = 256;
-/// Linux reassembles for 30 s.
-const FRAGMENT_LIFE: Duration = Duration::from_secs(30);
-
-type FragmentKey = (IpAddr, IpAddr, u8, u32);
-
-/// Later fragments have no ports: they follow their first one.
-#[derive(Debug)]
-pub(super) struct FragmentTable {
-    routes: BTreeMap<FragmentKey, (Instant, Route)>,
-}
-
-impl FragmentTable {
-    pub(super) fn new() -> Self {
-        Self { routes: BTreeMap::new() }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.routes.is_empty()
-    }
-
-    pub(super) fn insert(&mut self, packet: &Packet, route: Route, now: Now) {
-        if self.routes.len() >= FRAGMENTS {
-            // The oldest makes room: one bad sender cannot stop the others.
-            let oldest = self.routes.iter().min_by_key(|(_, (until, _))| *until).map(|(key, _)| *key);
-            oldest.and_then(|key| self.routes.remove(&key));
-        }
-        if let Some(key) = key(packet) {
-            self.routes.insert(key, (now.instant + FRAGMENT_LIFE, route));
-        }
-    }
-
-    pub(super) fn get(&self, packet: &Packet) -> Option<Route> {
-        self.routes.get(&key(packet)?).map(|(_, route)| *route)
-    }
-
-    /// Every entry with the end of its life, for a successor.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&FragmentKey, &(Instant, Route))> {
-        self.routes.iter()
-    }
-
-    /// Puts back what a former agent remembered for `remaining` from `then` on.
-    pub(super) fn restore(&mut self, key: FragmentKey, then: Instant, remaining: Duration, route: Route) {
-        if self.routes.len() < FRAGMENTS {
-            self.routes.insert(key, (then + remaining.min(FRAGMENT_LIFE), route));
-        }
-    }
-
-    pub(super) fn sweep(&mut self, now: Now) {
-        self.routes.retain(|_, (until, _)| *until > now.instant);
-    }
-}
-
-fn key(packet: &Packet) -> Option<FragmentKey> {
-    packet.fragment.as_ref().map(|f| (packet.source, packet.destination, packet.protocol, f.id))
 }

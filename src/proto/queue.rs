@@ -5,8 +5,8 @@
 //! 3. [`CaptureQueue::take`] gives the flows their turns, a super-packet each; one that had nothing waiting comes first
 //!
 //! `tenc0` never tells its senders to stop, and its queue is one for all: without this, a packet waits behind everything
-//! that the windows of five connections hold. Fragments of a datagram have no ports: they share a place that depends on
-//! addresses and protocol. Two flows may share a place; the order within a flow is kept.
+//! that the windows of five connections hold. Fragments have no ports, or one of them has: they share a place that depends
+//! on their addresses. Two flows may share a place; the order within a flow is kept.
 //!
 //! Sans-IO; chunks are allocated when they are needed first and kept; no allocation per packet.
 //! Source: RFC 8290 (deficit round robin, new flows first, the fattest flow pays), without its CoDel: what waits is bounded.
@@ -236,8 +236,8 @@ fn describe(burst: &[u8]) -> (impl std::hash::Hash, u64) {
     let packet = Packet::parse(bytes);
     let count = VnetHeader::parse(burst).and_then(|vnet| segment::count(bytes, &vnet, || packet));
     let key = packet.map(|packet| {
-        let ports = packet.fragment.is_none().then(|| packet.ports(bytes)).flatten();
-        (packet.source, packet.destination, packet.protocol, ports)
+        let ports = packet.fragment.is_none().then(|| (packet.protocol, packet.ports(bytes)));
+        (packet.source, packet.destination, ports)
     });
     (key, count.map_or(1, |count| count as u64))
 }

@@ -4,6 +4,7 @@
 use super::*;
 use crate::proto::BUFFER_LEN;
 use crate::proto::inbound::Verdict;
+use crate::proto::nat::Tuple;
 use crate::wire::icmp::{IcmpError, icmp_error};
 use crate::wire::packet::Packet;
 
@@ -184,6 +185,71 @@ fn promise_4_a_later_fragment_follows_the_first_one_of_the_same_peer_alone() {
     assert!(admit(network, 1, CLIENT[0], &later(CLIENT[0], SERVER[0])).is_ok());
     assert_eq!(admit(network, 1, CLIENT[0], &later(THIRD[0], SERVER[0])), Err(DropReason::NotOwner));
     assert_eq!(admit(network, 1, CLIENT[0], &later(CLIENT[0], THIRD[0])), Err(DropReason::NotForUs));
+}
+
+#[test]
+fn promise_4_fragments_of_two_peers_that_answer_as_one_vip_are_not_put_together() {
+    let network = &mut Network::project();
+    network.tell(0, vec![vip(VIP[0], &[SERVER[0], THIRD[0]])]);
+    let mut flow_to = |peer: &str| {
+        (4000..4100).find(|port| {
+            network.capture(0, &udp((CLIENT[0], *port), (VIP[0], 80), b""));
+            let (local, remote) = ((ip(CLIENT[0]), *port), (ip(VIP[0]), 80));
+            let flow = network.nodes[0].engine.flows.get(&Tuple { protocol: 17, local, remote });
+            flow.unwrap().peer == ip(peer)
+        })
+    };
+    let [of_server, of_third] = [SERVER[0], THIRD[0]].map(|peer| flow_to(peer).unwrap());
+    let answer = |port, id| fragments(&udp((VIP[0], 80), (CLIENT[0], port), &[0x55; 2000]), id);
+    let ([first, later], [other, last]) = (answer(of_server, 1), answer(of_third, 1));
+    assert!(admit(network, 0, SERVER[0], &first).is_ok());
+    assert_eq!(admit(network, 0, THIRD[0], &last), Err(DropReason::NotOwner));
+    assert_eq!(admit(network, 0, THIRD[0], &other), Err(DropReason::NotOwner));
+    // The datagram is whole: the number is free.
+    assert!(admit(network, 0, SERVER[0], &later).is_ok());
+    assert!(admit(network, 0, THIRD[0], &other).is_ok());
+    assert!(admit(network, 0, THIRD[0], &last).is_ok());
+    // It is free, too, when the pod's stack has given the datagram up.
+    assert!(admit(network, 0, SERVER[0], &first).is_ok());
+    network.advance(Duration::from_secs(31));
+    assert!(admit(network, 0, THIRD[0], &other).is_ok());
+}
+
+#[test]
+fn a_peer_that_sends_first_fragments_alone_does_not_stop_the_others() {
+    let network = &mut Network::project();
+    let of_third = fragments(&udp((THIRD[0], 4000), (SERVER[0], 8080), &[0x55; 2000]), 1);
+    assert!(admit(network, 1, THIRD[0], &of_third[0]).is_ok());
+    for id in 0..300 {
+        let [first, _] = fragments(&udp((CLIENT[0], 4000), (SERVER[0], 8080), &[0x55; 2000]), id);
+        assert!(admit(network, 1, CLIENT[0], &first).is_ok());
+    }
+    assert!(admit(network, 1, THIRD[0], &of_third[1]).is_ok());
+}
+
+#[test]
+fn ipv6_fragments_are_of_one_datagram_whatever_header_follows() {
+    let network = &mut Network::project();
+    let whole = udp((CLIENT[1], 4000), (VIP[1], 80), &[0x55; 2000]);
+    // Destination options, then UDP: only the first fragment shows that it is UDP.
+    let body = [&[17, 0, 1, 4, 0, 0, 0, 0], &whole[40..]].concat();
+    let fragment = |offset: usize, part: &[u8]| {
+        let mut head = whole[..40].to_vec();
+        head[4..6].copy_from_slice(&u16::try_from(8 + part.len()).unwrap().to_be_bytes());
+        head[6] = 44;
+        let place = u16::try_from(offset).unwrap() | u16::from(offset == 0);
+        [&head, &[60, 0][..], &place.to_be_bytes(), &[0, 0, 0, 7], part].concat()
+    };
+    assert!(admit(network, 1, CLIENT[1], &fragment(0, &body[..1200])).is_ok());
+    let later = admit(network, 1, CLIENT[1], &fragment(1200, &body[1200..])).unwrap();
+    assert_eq!(later[24..40], ip_bytes(SERVER[1]));
+}
+
+fn ip_bytes(text: &str) -> Vec<u8> {
+    match ip(text) {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
 }
 
 /// Both fragments of a datagram from the client to the VIP, sealed, not yet delivered.

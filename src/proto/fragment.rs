@@ -1,0 +1,102 @@
+//! Fragments: only the first one of a datagram has ports, the later ones follow it.
+//!
+//! A datagram is known from its first fragment to its last one, if they come in order; else until Linux gives it up.
+//! Sans-IO. Source: RFC 791 §3.2, RFC 8200 §4.5 (what identifies a datagram).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use super::Now;
+use super::outbound::Route;
+use crate::wire::packet::Packet;
+
+/// Datagrams that are known at one time.
+const DATAGRAMS: usize = 256;
+/// Datagrams of one peer: one bad sender cannot stop the others.
+const OF_PEER: usize = 64;
+/// Linux reassembles for 30 s.
+const LIFE: Duration = Duration::from_secs(30);
+
+/// Source, destination, protocol (IPv4 only), identification.
+pub(super) type FragmentKey = (IpAddr, IpAddr, u8, u32);
+
+#[derive(Debug)]
+struct Datagram {
+    until: Instant,
+    route: Route,
+    /// Bytes that came in order.
+    seen: usize,
+}
+
+/// Where datagrams of one direction go.
+#[derive(Debug)]
+pub(super) struct FragmentTable {
+    datagrams: BTreeMap<FragmentKey, Datagram>,
+}
+
+impl FragmentTable {
+    pub(super) fn new() -> Self {
+        Self { datagrams: BTreeMap::new() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.datagrams.is_empty()
+    }
+
+    /// `packet` is a first fragment, and goes by `route`. Of too many the oldest is forgotten, of the same peer where it has
+    /// its share.
+    pub(super) fn insert(&mut self, packet: &Packet, route: Route, now: Now) {
+        let Some(key) = key(packet) else { return };
+        let of_peer = |datagram: &Datagram| datagram.route.peer() == route.peer();
+        let has_share = self.datagrams.values().filter(|datagram| of_peer(datagram)).count() >= OF_PEER;
+        if has_share || self.datagrams.len() >= DATAGRAMS {
+            let candidates = self.datagrams.iter().filter(|(_, datagram)| !has_share || of_peer(datagram));
+            let oldest = candidates.min_by_key(|(_, datagram)| datagram.until).map(|(key, _)| *key);
+            oldest.and_then(|key| self.datagrams.remove(&key));
+        }
+        let seen = packet.len - packet.transport;
+        self.datagrams.insert(key, Datagram { until: now.instant + LIFE, route, seen });
+    }
+
+    /// The way of the datagram that `packet` is a fragment of.
+    pub(super) fn get(&self, packet: &Packet, now: Now) -> Option<Route> {
+        let datagram = self.datagrams.get(&key(packet)?)?;
+        (datagram.until > now.instant).then_some(datagram.route)
+    }
+
+    /// `packet`, a later fragment, went by that way.
+    pub(super) fn follow(&mut self, packet: &Packet) {
+        let (Some(key), Some(fragment)) = (key(packet), packet.fragment) else { return };
+        let Some(datagram) = self.datagrams.get_mut(&key) else { return };
+        if datagram.seen == usize::from(fragment.offset) {
+            datagram.seen += packet.len - packet.transport;
+            if !fragment.more {
+                self.datagrams.remove(&key);
+            }
+        }
+    }
+
+    /// Every datagram, its way and the end of its time, for a successor.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (FragmentKey, Route, Instant)> {
+        self.datagrams.iter().map(|(key, datagram)| (*key, datagram.route, datagram.until))
+    }
+
+    /// Puts back what a former agent remembered for `remaining` from `then` on.
+    pub(super) fn restore(&mut self, key: FragmentKey, then: Instant, remaining: Duration, route: Route) {
+        if self.datagrams.len() < DATAGRAMS {
+            let until = then + remaining.min(LIFE);
+            self.datagrams.insert(key, Datagram { until, route, seen: 0 });
+        }
+    }
+
+    pub(super) fn sweep(&mut self, now: Now) {
+        self.datagrams.retain(|_, datagram| datagram.until > now.instant);
+    }
+}
+
+/// What the fragments of a datagram have in common; none where `packet` is whole.
+pub(super) fn key(packet: &Packet) -> Option<FragmentKey> {
+    let protocol = if packet.source.is_ipv4() { packet.protocol } else { 0 };
+    packet.fragment.map(|f| (packet.source, packet.destination, protocol, f.id))
+}
