@@ -1,7 +1,7 @@
 //! What a successor needs to go on with our sessions: plain data, wiped when dropped.
 //!
-//! Handshakes under way are not among it; they begin anew. Nor are cookies and limits (`cookie`, `limits`). Times are ages and remaining times as of one moment, which the
-//! successor places on its own clock.
+//! Handshakes under way are not among it; they begin anew. Nor are cookies and limits (`cookie`, `limits`). Times are ages
+//! and remaining times as of one moment, which the successor places on its own clock.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ use super::PublicKey;
 /// Longer than any timer of a peer.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// A transport key.
+/// A transport key. It stays where it is when what holds it moves, so that no copy is left behind.
 #[derive(Clone, ZeroizeOnDrop, Serialize, Deserialize)]
-pub(super) struct TransportKey(pub(super) [u8; 32]);
+pub(super) struct TransportKey(pub(super) Box<[u8; 32]>);
 
 /// One session.
 #[derive(Serialize, Deserialize)]

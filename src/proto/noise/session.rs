@@ -69,7 +69,7 @@ impl Session {
             remote: keys.remote,
             sealing: suite.cipher(&keys.sealing),
             opening: suite.cipher(&keys.opening),
-            raw: [TransportKey(*keys.sealing), TransportKey(*keys.opening)],
+            raw: [&keys.sealing, &keys.opening].map(|key| TransportKey(Box::new(**key))),
             next_counter: 0,
             reject_after_messages,
             replay: ReplayWindow::new(),

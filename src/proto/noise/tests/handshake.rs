@@ -175,6 +175,42 @@ fn initiation_is_answered_when_our_own_was_lost() {
 }
 
 #[test]
+fn crossed_initiations_end_in_a_session_where_only_one_can_be_answered() {
+    let mut pair = Pair::new(&Options::default());
+    let (winner, loser) = (winner(), 1 - winner());
+    // There the winner's time stamps are of the far future.
+    pair.behind[loser] = secs(601);
+    pair.send(winner, b"from the winner");
+    pair.send(loser, b"from the loser");
+    pair.run(ms(300));
+    assert!(pair.sides[loser].drops.contains(&DropReason::ClockSkew));
+    assert_eq!(pair.sides[loser].received, [b"from the winner"]);
+    assert_eq!(pair.sides[winner].received, [b"from the loser"]);
+}
+
+#[test]
+fn what_a_probe_asks_is_not_asked_again_at_once() {
+    let mut pair = Pair::new(&Options::default());
+    let Side { transport, peer, .. } = &mut pair.sides[A];
+    transport.probe(*peer, pair.now);
+    pair.run(ms(5));
+    pair.send(A, b"hello");
+    pair.run(ms(100));
+    assert_eq!(pair.sides[B].received, [b"hello"]);
+    assert_eq!(pair.sides[A].sent_at(1).len(), 1);
+    // Lost, it is asked again by the retry.
+    let mut pair = Pair::new(&Options::default());
+    let Side { transport, peer, .. } = &mut pair.sides[A];
+    transport.probe(*peer, pair.now);
+    pair.cut[B] = true;
+    pair.send(A, b"hello");
+    pair.run(ms(100));
+    pair.cut[B] = false;
+    pair.run(ms(200));
+    assert_eq!(pair.sides[B].received, [b"hello"]);
+}
+
+#[test]
 fn responder_whose_session_is_not_confirmed_initiates_itself() {
     let mut pair = Pair::new(&Options::default());
     pair.begin(A);

@@ -112,7 +112,7 @@ fn promise_4_sessions_share_no_key_whatever_their_pair_or_direction() {
         let now = pair.now;
         let [a, b] = pair.sides.each_mut().map(|side| {
             let session = side.transport.export(side.peer, now).unwrap().current.unwrap();
-            (session.sealing.0, session.opening.0)
+            (*session.sealing.0, *session.opening.0)
         });
         assert_eq!((a.0, a.1), (b.1, b.0));
         keys.extend([a.0, a.1]);
