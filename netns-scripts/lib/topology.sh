@@ -38,6 +38,8 @@ preset_sysctls() {
   if [[ -n ${TENC_LAB_RP_FILTER:-} ]]; then
     pod=("ipv4/conf/all/rp_filter=$TENC_LAB_RP_FILTER" "ipv4/conf/default/rp_filter=$TENC_LAB_RP_FILTER")
   fi
+  # Ports that agents take: no program of a pod gets one by chance before they do.
+  pod+=(ipv4/ip_local_reserved_ports=51820,60999)
   sysctls ext "${dad[@]}"
   for name in "${PODS[@]}"; do sysctls "$name" "${dad[@]}" "${pod[@]}"; done
 }

@@ -13,10 +13,11 @@ use crate::wire::packet::Packet;
 
 /// Datagrams that are known at one time.
 const DATAGRAMS: usize = 256;
-/// Datagrams of one peer: one bad sender cannot stop the others.
-const OF_PEER: usize = 64;
-/// Linux reassembles for 30 s.
-const LIFE: Duration = Duration::from_secs(30);
+/// Datagrams of one source from one peer: one bad sender cannot stop the others. Linux gives an IPv4 datagram up, too, when
+/// so many fragments of its source came since its last one (`ipfrag_max_dist`).
+const SHARE: usize = 64;
+/// Linux reassembles for 60 s; IPv4 for 30 s.
+const LIFE: Duration = Duration::from_secs(61);
 
 /// Source, destination, protocol (IPv4 only), identification.
 pub(super) type FragmentKey = (IpAddr, IpAddr, u8, u32);
@@ -44,14 +45,17 @@ impl FragmentTable {
         self.datagrams.is_empty()
     }
 
-    /// `packet` is a first fragment, and goes by `route`. Of too many the oldest is forgotten, of the same peer where it has
-    /// its share.
+    /// `packet` is a first fragment, and goes by `route`. Of too many datagrams the oldest is forgotten: one of the same
+    /// source and peer, where those have their share.
     pub(super) fn insert(&mut self, packet: &Packet, route: Route, now: Now) {
         let Some(key) = key(packet) else { return };
-        let of_peer = |datagram: &Datagram| datagram.route.peer() == route.peer();
-        let has_share = self.datagrams.values().filter(|datagram| of_peer(datagram)).count() >= OF_PEER;
+        self.datagrams.remove(&key);
+        let is_alike = |(other, datagram): &(&FragmentKey, &Datagram)| {
+            other.0 == key.0 && datagram.route.peer() == route.peer()
+        };
+        let has_share = self.datagrams.iter().filter(is_alike).count() >= SHARE;
         if has_share || self.datagrams.len() >= DATAGRAMS {
-            let candidates = self.datagrams.iter().filter(|(_, datagram)| !has_share || of_peer(datagram));
+            let candidates = self.datagrams.iter().filter(|entry| !has_share || is_alike(entry));
             let oldest = candidates.min_by_key(|(_, datagram)| datagram.until).map(|(key, _)| *key);
             oldest.and_then(|key| self.datagrams.remove(&key));
         }

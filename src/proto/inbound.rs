@@ -22,8 +22,9 @@ use super::nat::{Direction, Kind, Tuple};
 use super::noise::Received;
 use super::outbound::Route;
 use super::{Engine, Now, Origin, Owned, is_unicast};
+use crate::wire::checksum;
 use crate::wire::icmp::IcmpError;
-use crate::wire::packet::{Packet, protocol};
+use crate::wire::packet::{Packet, Version, protocol};
 use crate::wire::rewrite::{self, Rewrite};
 use crate::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
 
@@ -124,7 +125,10 @@ impl Engine {
         if packet.is_later_fragment() {
             return self.admit_later_fragment(peer, bytes, packet, now);
         }
-        // Two peers that answer as one VIP cannot have their bytes put together.
+        // Two peers that answer as one VIP cannot have their bytes put together. What the pod's stack will drop counts for none.
+        if packet.fragment.is_some() && !has_valid_header(bytes, packet) {
+            return Err(DropReason::Malformed);
+        }
         if self.received_fragments.get(packet, now).is_some_and(|route| route.peer() != Some(peer)) {
             return Err(DropReason::NotOwner);
         }
@@ -173,9 +177,9 @@ impl Engine {
             let wire = Tuple { protocol: packet.protocol, local, remote };
             self.flows.get_by_wire(&wire).is_some() || self.flows.get(&wire).is_some()
         });
-        let datagram = self.received_fragments.get(packet, now).and_then(|route| route.peer());
         ladder.handle_able(peer, now);
-        known || packet.is_later_fragment() && datagram == Some(peer)
+        let follows = || self.received_fragments.get(packet, now).is_some_and(|r| r.peer() == Some(peer));
+        known || packet.is_later_fragment() && follows()
     }
 
     /// To our own address: from the peer itself, or the answer of the endpoint that we chose.
@@ -269,7 +273,7 @@ impl Engine {
     ) -> Result<Verdict, DropReason> {
         let quoted = packet.embedded(bytes).ok_or(DropReason::Malformed)?;
         let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
-        if packet.source != peer && packet.source != inner.destination {
+        if packet.source != peer && (packet.source != inner.destination || packet.fragment.is_some()) {
             return Err(DropReason::NotOwner);
         }
         let ports = inner.ports(&bytes[quoted]);
@@ -342,6 +346,11 @@ impl Engine {
     }
 }
 
+/// Whether the header's checksum is right, where it has one.
+fn has_valid_header(bytes: &[u8], packet: &Packet) -> bool {
+    packet.version == Version::V6 || checksum::sum(&bytes[..packet.transport]) == 0xffff
+}
+
 /// From what is on the wire to what the pod sees.
 fn change_of(tuple: &Tuple, wire: &Tuple) -> Rewrite {
     Rewrite {
@@ -384,7 +393,9 @@ impl Held {
         reason: DropReason,
     ) -> Result<(), DropReason> {
         let of_peer = self.inbound.iter().filter(|held| held.peer == peer).count();
-        if of_peer >= INBOUND.saturating_sub(self.inbound.len()) {
+        let share = INBOUND.saturating_sub(self.inbound.len());
+        // Fragments whose first one is lost leave room for what waits for something that will come.
+        if of_peer >= if reason == DropReason::FragmentUnmatched { share * 3 / 4 } else { share } {
             return Err(DropReason::QueueFull);
         }
         let until = now.instant + HELD_LIFE;

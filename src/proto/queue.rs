@@ -5,8 +5,8 @@
 //! 3. [`CaptureQueue::take`] gives the flows their turns, a super-packet each; one that had nothing waiting comes first
 //!
 //! `tenc0` never tells its senders to stop, and its queue is one for all: without this, a packet waits behind everything
-//! that the windows of five connections hold. Fragments have no ports, or one of them has: they share a place that depends
-//! on their addresses. Two flows may share a place; the order within a flow is kept.
+//! that the windows of five connections hold. Only the first fragment of a datagram has ports: fragments share a place that
+//! depends on their addresses. Two flows may share a place; the order within a flow is kept.
 //!
 //! Sans-IO; chunks are allocated when they are needed first and kept; no allocation per packet.
 //! Source: RFC 8290 (deficit round robin, new flows first, the fattest flow pays), without its CoDel: what waits is bounded.

@@ -477,7 +477,11 @@ fn probes(from: IpAddr, to: IpAddr) -> Vec<Vec<u8>> {
 /// What left the victim in answer to `packets`, or was led through it: its own words to `from`, and words of `from`.
 fn provoked(attack: &Attack, from: IpAddr, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let tap = attack.victim.sniff();
-    packets.iter().for_each(|packet| attack.send(packet));
+    // Not more at once than a device's queue takes.
+    for some in packets.chunks(64) {
+        some.iter().for_each(|packet| attack.send(packet));
+        thread::sleep(Duration::from_millis(1));
+    }
     thread::sleep(QUIET);
     let frames = tap.drain();
     let arrived = frames.iter().filter(|frame| attack.made(frame)).count();

@@ -56,9 +56,10 @@ const SUCCESSOR_LIMIT: Duration = Duration::from_secs(15);
 /// An agent that lived this long is replaced without a pause.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// From the successor's start to the first datagram. The long form runs on a machine of its own.
+/// From the successor's start to the first datagram. The long form runs on a machine of its own; the short one has too few
+/// rounds for percents, and the machine may hold one up.
 fn limit() -> Duration {
-    Duration::from_millis(if crate::long() { 500 } else { 1_000 })
+    Duration::from_millis(if crate::long() { 500 } else { 2_500 })
 }
 
 fn rounds(short: usize, long: usize) -> usize {

@@ -124,8 +124,13 @@ impl<'l> Flood<'l> {
     fn answer(&mut self, receiver: &PublicKey) {
         let tap = self.attack.victim.sniff();
         self.run_for(Duration::from_millis(300), TUNNEL_PORT);
-        let mut answered = 0;
-        for frame in tap.drain() {
+        let (mut answered, total) = (0, self.messages.len());
+        let end = Instant::now() + Duration::from_secs(2);
+        let frames = std::iter::from_fn(|| {
+            thread::sleep(Duration::from_millis(10));
+            (Instant::now() < end).then(|| tap.drain())
+        });
+        for frame in frames.flatten() {
             let Some(seen) = packets::seen(&frame).filter(|_| packets::sealed(&frame) == Some(3)) else {
                 continue;
             };
@@ -138,8 +143,11 @@ impl<'l> Flood<'l> {
                 prove(message, reply, receiver);
                 answered += 1;
             }
+            if answered == total {
+                break;
+            }
         }
-        assert_eq!(answered, self.messages.len(), "sources that got a cookie");
+        assert_eq!(answered, total, "sources that got a cookie");
     }
 
     fn frames(&self, port: u16) -> Vec<Vec<u8>> {
@@ -220,6 +228,9 @@ fn leaves_four_fifths(lab: &Lab, flood: &Flood) {
     let agent = agents[1];
     goodput(lab);
     let (before, memory) = (status::drops(lab, VICTIM), memory_kib(agent));
+    // Of one round: the flood was one, and left what it has to leave.
+    let is_good =
+        |(share, _, _, rate): &(f64, f64, f64, u64)| *share >= least() && *rate >= u64::from(RATE / 2);
     let mut measured = Vec::new();
     let mut newcomer = None;
     for _ in 0..ROUNDS {
@@ -229,16 +240,15 @@ fn leaves_four_fifths(lab: &Lab, flood: &Flood) {
         });
         let (open, rate) = flood.during(TUNNEL_PORT, || {
             thread::sleep(NOTICED);
-            newcomer.get_or_insert_with(|| {
+            if newcomer.is_none() {
                 let begun = Instant::now();
                 let to = (flood.attack.victim.v4, WEB);
-                lab.pod("shop-lone").connect(to, NEWCOMER).expect("a newcomer connects");
-                begun.elapsed()
-            });
+                newcomer = lab.pod("shop-lone").connect(to, NEWCOMER).ok().map(|_| begun.elapsed());
+            }
             goodput(lab)
         });
         measured.push((open / closed, open, closed, rate));
-        if open >= least() * closed {
+        if newcomer.is_some() && measured.iter().any(is_good) {
             break;
         }
     }
@@ -250,11 +260,8 @@ fn leaves_four_fifths(lab: &Lab, flood: &Flood) {
         grown(&before, &dropped, "source_limit"),
         grown(&before, &dropped, "handshake_invalid"),
     ));
-    assert!(measured.iter().any(|(share, ..)| *share >= least()), "{measured:?}");
-    assert!(
-        measured.iter().all(|(.., rate)| *rate >= u64::from(RATE / 2)),
-        "the flood was none: {measured:?}"
-    );
+    assert!(measured.iter().any(is_good), "{measured:?}");
+    assert!(newcomer.is_some(), "no newcomer connects within {NEWCOMER:?}");
     assert!(grown_by <= MEMORY_KIB, "the agent grew by {grown_by} KiB");
     let refused = grown(&before, &dropped, "cookie_missing") + grown(&before, &dropped, "source_limit");
     assert!(refused >= u64::from(RATE), "the agent did not see the flood: {dropped:?}");

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::lab::{Lab, PROJECT, PROTECTED, pool_vips};
-use crate::pod::Pod;
+use crate::pod::{self, Pod};
 use crate::services::Service;
 
 /// The pod whose application this is.
@@ -334,7 +334,7 @@ fn under_load_from(
     let (asked, asked_server) = connection(client, to, &idle_listener);
     let silent = (0..size.silent).map(|_| connection(client, to, &idle_listener)).collect();
     let receiver = server.udp((server.v4, CANARY_PORT));
-    socket2::SockRef::from(&receiver).set_recv_buffer_size(8 << 20).expect("receive buffer");
+    pod::enlarge(&receiver);
     receiver.set_read_timeout(Some(Duration::from_millis(300))).expect("time-out");
     let sender = client.udp_for(server.v4.into());
     sender.connect((server.v4, CANARY_PORT)).expect("connect");

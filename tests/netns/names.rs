@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::Case;
 use crate::dns::{self, Question};
-use crate::lab::{Agents, Lab, Launched, PROJECT, RESOLVER, pool_vips};
+use crate::lab::{Agents, Lab, Launched, PROJECT, PROTECTED, RESOLVER, pool_vips};
+use crate::load;
 use crate::packets::{self, CANARY};
 use crate::services::{Service, copy_directory};
 
@@ -80,7 +81,9 @@ fn answers_are_equal(lab: &Lab) {
             ("UDP", dns::ask_udp as fn(&_, _, &[u8], _) -> Option<Vec<u8>>),
             ("TCP", dns::ask_tcp as fn(&_, _, &[u8], _) -> Option<Vec<u8>>),
         ] {
-            let Some(expected) = ask(direct, server, &bytes, Duration::from_millis(500)) else {
+            // What is no query is not always answered.
+            let patience = Duration::from_millis(if question.opcode == 0 { 5_000 } else { 500 });
+            let Some(expected) = ask(direct, server, &bytes, patience) else {
                 assert!(question.opcode != 0, "the server does not answer {question:?} over {transport}");
                 continue;
             };
@@ -155,8 +158,10 @@ fn new_service(lab: &Lab) {
         "TCP",
         &["shop-web1", "shop-web2"],
     );
-    // The nodes would carry it in clear from the first moment; the directory is noticed within a second.
-    thread::sleep(Duration::from_secs(1));
+    // The nodes would carry it in clear from the first moment; the agents know it a moment later.
+    for (pod, vip) in PROTECTED.iter().flat_map(|pod| vips.map(|vip| (pod, vip))) {
+        load::await_route(lab, pod, vip);
+    }
     for pod in ["shop-client", "shop-client2"] {
         for vip in vips {
             let got = lab.pod(pod).http_get((vip, 80), Duration::from_secs(3));
@@ -284,7 +289,7 @@ fn late_directory(lab: &Lab) {
         });
         let client = lab.pod("shop-client");
         let connections: Vec<_> = (0..200usize)
-            .map(|n| scope.spawn(move || client.http_get((vips[n % 2], 80), Duration::from_secs(6))))
+            .map(|n| scope.spawn(move || client.http_get((vips[n % 2], 80), Duration::from_secs(8))))
             .collect();
         connections
             .into_iter()
@@ -299,5 +304,6 @@ fn late_directory(lab: &Lab) {
     }
     assert!(leaks.leaked == 0 && leaks.tunnel > 0, "{leaks:?}");
     assert!(failures.is_empty(), "{} of 200 connections failed: {failures:?}", failures.len());
-    assert!(took < Duration::from_secs(4), "200 connections took {took:?}");
+    // A SYN that was lost comes again after one, three and seven seconds.
+    assert!(took < Duration::from_millis(6_500), "200 connections took {took:?}");
 }

@@ -206,6 +206,11 @@ impl Frames {
     }
 }
 
+/// Gives `socket` room for whatever a test sends at once, beyond what the host allows others.
+pub fn enlarge(socket: &UdpSocket) {
+    sk::setsockopt(socket, sk::sockopt::RcvBufForce, &(8 << 20)).expect("receive buffer");
+}
+
 /// An AF_PACKET socket that hears every frame of one device.
 pub struct Sniffer {
     fd: OwnedFd,

@@ -280,7 +280,11 @@ fn hairpin(lab: &Lab) {
     for pod in BACKENDS {
         for to in web_vips() {
             let mut answered = BTreeMap::<String, u32>::new();
-            for _ in 0..12 {
+            for n in 0..60 {
+                // A fair choice of two is hardly ever the same one sixty times.
+                if n >= 12 && answered.len() == 2 {
+                    break;
+                }
                 let got = lab.pod(pod).http_get(to, Duration::from_secs(5));
                 let (_, body) = got.unwrap_or_else(|e| panic!("{pod} to {to}, after {answered:?}: {e}"));
                 *answered.entry(body.trim().to_owned()).or_default() += 1;

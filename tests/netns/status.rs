@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::Case;
 use crate::lab::{Lab, PROJECT, PROTECTED, Ran, run, tencrypt};
 use crate::lifecycle;
+use crate::pod;
 
 /// The cases of this file.
 pub const CASES: &[Case] = &[
@@ -74,7 +75,7 @@ fn counts_every_packet(lab: &Lab) {
     let (client, server) = ("shop-client", "shop-web2");
     let to = lab.pod(server).v4.into();
     let receiver = lab.pod(server).udp((to, BURST_PORT));
-    socket2::SockRef::from(&receiver).set_recv_buffer_size(4 << 20).expect("receive buffer");
+    pod::enlarge(&receiver);
     let sender = lab.pod(client).udp_for(to);
     let mut buffer = [0; 200];
     sender.send_to(&[0; 100], (to, BURST_PORT)).expect("send");
@@ -155,16 +156,16 @@ fn tells_of_ends(lab: &Lab) {
 
     // A frozen agent holds up nobody who asks; what overflows meanwhile is counted.
     kill(agent(), Signal::SIGSTOP).expect("stop");
-    let asked = Instant::now();
-    let (frozen, code) = document(lab, pod);
-    assert_eq!((&frozen["state"], code), (&"closed".into(), 1), "{frozen:#}");
-    assert!(asked.elapsed() < Duration::from_secs(4), "answered after {:?}", asked.elapsed());
     let to = (lab.pod("shop-web2").v4.into(), BURST_PORT);
     let sender = lab.pod(pod).udp_for(to.0);
     for _ in 0..OVERFLOW {
         // Refused or dropped, all the same.
         let _ = sender.send_to(&[0; 100], to);
     }
+    let asked = Instant::now();
+    let (frozen, code) = document(lab, pod);
+    assert_eq!((&frozen["state"], code), (&"closed".into(), 1), "{frozen:#}");
+    assert!(asked.elapsed() < Duration::from_secs(4), "answered after {:?}", asked.elapsed());
     let third = replaced(lab, pod, &second["agent"]["pid"]);
     assert_eq!(times(&third), times(&second) + 1);
     assert!(third["counters"]["drops"]["queue_overflow"].as_u64() > Some(0), "{third:#}");

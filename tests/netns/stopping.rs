@@ -50,7 +50,7 @@ fn stopped_in_order(lab: &Lab) {
     let mut launched = pods.map(|(pod, _)| start(pod));
     let wanted = if crate::long() { 100 } else { 3 };
     let (mut exact, mut in_doubt, mut after) = (Vec::new(), 0, 0);
-    for round in 0..2 * wanted {
+    for round in 0..10 * wanted {
         let which = round % pods.len();
         let (pod, node) = pods[which];
         let (deletion, clear) = stop_under_traffic(lab, pod, node, &mut launched[which]);

@@ -158,6 +158,17 @@ async fn an_emptied_folder_removes_nothing() {
 
 #[tokio::test]
 async fn a_folder_that_is_emptied_slowly_removes_nothing() {
+    // After a pause of the machine half of it is all there is, rightly: then once more.
+    for _ in 0..10 {
+        if emptied_slowly().await {
+            return;
+        }
+    }
+    panic!("ten times the machine paused");
+}
+
+/// False where the machine made a pause that may be taken for the end of the deletions.
+async fn emptied_slowly() -> bool {
     let mut rig = Rig::new();
     for n in 0..20 {
         rig.write(&format!("n{n}.yaml"), &pod(&format!("n{n}"), &format!("10.0.1.{n}")));
@@ -167,20 +178,29 @@ async fn a_folder_that_is_emptied_slowly_removes_nothing() {
     }
     let before = rig.entries.clone();
     for entry in fs::read_dir(rig.path("")).unwrap() {
+        let began = Instant::now();
         fs::remove_file(entry.unwrap().path()).unwrap();
         let told = timeout(Duration::from_millis(15), rig.source.next()).await;
+        if began.elapsed() > Duration::from_millis(50) {
+            return false;
+        }
         assert!(told.is_err(), "half of it was told: {told:?}");
     }
     rig.silent().await;
     assert_eq!(rig.entries, before);
     // And it comes back as slowly.
     for n in 0..3 {
+        let began = Instant::now();
         rig.write(&format!("n{n}.yaml"), &pod(&format!("n{n}"), &format!("10.0.1.{n}")));
         let told = timeout(Duration::from_millis(600), rig.source.next()).await;
+        if began.elapsed() > Duration::from_millis(800) {
+            return false;
+        }
         assert!(told.is_err(), "{told:?}");
     }
     rig.told().await;
     assert_eq!(rig.entries.len(), 3, "what never came back is gone");
+    true
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use super::PublicKey;
 /// Longer than any timer of a peer.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// A transport key. It stays where it is when what holds it moves, so that no copy is left behind.
+/// A transport key. When what holds it moves, the key stays where it is.
 #[derive(Clone, ZeroizeOnDrop, Serialize, Deserialize)]
 pub(super) struct TransportKey(pub(super) Box<[u8; 32]>);
 

@@ -241,13 +241,15 @@ impl Peer {
         if session.age(now.instant) >= shared.options.reject_after {
             return Err(DropReason::SessionExpired);
         }
-        // Before anything is opened: a copy sent from elsewhere costs nothing and does not shut out the original.
-        if from != self.endpoint && !shared.options.roaming {
-            return Err(DropReason::OuterSource);
-        }
         let opened = session.open(datagram)?;
+        // Before the counter counts as seen: a copy sent from elsewhere must not shut out the original.
+        if from != self.endpoint {
+            if !shared.options.roaming {
+                return Err(DropReason::OuterSource);
+            }
+            self.endpoint = from;
+        }
         session.accept(opened.counter);
-        self.endpoint = from;
         self.timers.clear(Timer::NoReply);
         if self.keypairs.is_confirmed_by(index) {
             let fallen = self.keypairs.confirm_next();
@@ -293,8 +295,8 @@ impl Peer {
         self.greatest_stamp = Some(consumed.stamp);
         self.last_consumed = Some(now.instant);
         self.timers.clear(Timer::NoReply);
-        // Two initiations crossed: both sides prefer the one of the greater address. Only once, and only where ours goes to
-        // where the peer is: it may be that ours cannot be answered.
+        // Two initiations crossed: both sides prefer the one of the greater address. Only an attempt's first, and only where
+        // ours goes to where the peer is: it may be that ours cannot be answered.
         let crossed = from == self.endpoint
             && self.is_asking(now)
             && self.attempt.as_ref().is_none_or(|attempt| attempt.retries == 0);
@@ -396,12 +398,13 @@ impl Peer {
             return;
         }
         self.attempt = Some(Attempt { started: now.instant, retries: 0 });
-        self.timers.set(Timer::Retry, now.instant + EARLY_RETRIES[0]);
+        // What a probe asked a moment ago is about to be answered.
+        let asked = self.initiation.as_ref().map(|mine| mine.sent).filter(|_| self.is_asking(now));
+        self.timers.set(Timer::Retry, asked.unwrap_or(now.instant) + EARLY_RETRIES[0]);
         self.timers.set(Timer::GiveUp, now.instant + shared.options.attempt_time);
-        // A session that the peer asked for a moment ago is about to be confirmed, and what a probe asked a moment ago is
-        // about to be answered; if not, the retry asks.
+        // A session that the peer asked for a moment ago is about to be confirmed; if it is not, the retry asks.
         let awaited = self.keypairs.awaited().is_some_and(|session| session.age(now.instant) < CROSSING);
-        if !awaited && !self.is_asking(now) {
+        if !awaited && asked.is_none() {
             self.send_initiation(shared, now);
         }
     }

@@ -209,10 +209,28 @@ fn promise_4_fragments_of_two_peers_that_answer_as_one_vip_are_not_put_together(
     assert!(admit(network, 0, SERVER[0], &later).is_ok());
     assert!(admit(network, 0, THIRD[0], &other).is_ok());
     assert!(admit(network, 0, THIRD[0], &last).is_ok());
-    // It is free, too, when the pod's stack has given the datagram up.
+    // It is free, too, when the pod's stack has given the datagram up; not before, whatever else the peer sends.
     assert!(admit(network, 0, SERVER[0], &first).is_ok());
-    network.advance(Duration::from_secs(31));
+    for id in 2..100 {
+        let [first, _] = fragments(&udp((SERVER[0], 80), (CLIENT[0], 4000), &[0x55; 2000]), id);
+        assert!(admit(network, 0, SERVER[0], &first).is_ok());
+    }
+    assert_eq!(admit(network, 0, THIRD[0], &other), Err(DropReason::NotOwner));
+    network.advance(Duration::from_secs(62));
     assert!(admit(network, 0, THIRD[0], &other).is_ok());
+    assert!(admit(network, 0, THIRD[0], &last).is_ok());
+    // What the pod's stack will not take begins nothing, and an error has no fragments.
+    let mut damaged = first.clone();
+    damaged[10] ^= 1;
+    assert_eq!(admit(network, 0, SERVER[0], &damaged), Err(DropReason::Malformed));
+    let asked = udp((CLIENT[0], of_server), (VIP[0], 80), &[0; 1400]);
+    let mut error = unreachable(&asked, VIP[0]);
+    assert!(admit(network, 0, SERVER[0], &error).is_ok());
+    error[6] |= 0x20;
+    error[10..12].fill(0);
+    let sum = !crate::wire::checksum::sum(&error[..20]);
+    error[10..12].copy_from_slice(&sum.to_be_bytes());
+    assert_eq!(admit(network, 0, SERVER[0], &error), Err(DropReason::NotOwner));
 }
 
 #[test]

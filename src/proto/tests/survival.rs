@@ -315,6 +315,19 @@ fn promise_7_packets_that_wait_go_along_in_a_handover() {
 }
 
 #[test]
+fn promise_7_a_datagram_in_fragments_goes_along_in_a_handover() {
+    let mut network = Network::project();
+    let [first, later] = fragments(&udp((CLIENT[0], 4000), (VIP[0], 80), &[0x55; 2000]), 1);
+    network.capture(0, &first);
+    network.upgrade(0, 1);
+    network.upgrade(1, 2);
+    network.capture(0, &later);
+    let got = network.inbox(1);
+    let whole = udp((CLIENT[0], 4000), (SERVER[0], 8080), &[0x55; 2000]);
+    assert_eq!([&got[0][20..], &got[1][20..]].concat(), whole[20..]);
+}
+
+#[test]
 fn promise_7_what_was_sealed_or_opened_but_not_polled_goes_along_in_a_handover() {
     let mut network = Network::project();
     network.capture(0, &udp((CLIENT[0], 4000), (SERVER[0], 8080), b"opens"));
