@@ -1,4 +1,4 @@
-//! Key material as types: secrets have no `Debug` and are zeroised on drop.
+//! Key material as types: `Debug` shows nothing of secrets, and they are zeroised on drop.
 
 use std::fmt;
 

@@ -173,6 +173,12 @@ impl Session {
         self.replay.accept(counter);
     }
 
+    /// What the peer knows the session by, and the key that it is sealed with.
+    #[cfg(test)]
+    pub(super) fn sealing_key(&self) -> (ReceiverIndex, [u8; 32]) {
+        (self.remote, *self.raw[0].0)
+    }
+
     #[cfg(test)]
     pub(super) fn set_counter(&mut self, counter: u64) {
         self.next_counter = counter;

@@ -1,4 +1,4 @@
-//! A flood of handshake messages as the whole engine sees it.
+//! What is too much: a flood of handshake messages as the whole engine sees it, and packets for peers that do not answer.
 
 use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, KeyInit, Mac};
@@ -55,4 +55,22 @@ fn promise_12_every_message_of_a_flood_is_in_exactly_one_counter_and_cookie_repl
     for node in &network.nodes {
         assert!(node.engine.counters().is_balanced(node.engine.waiting()));
     }
+}
+
+#[test]
+fn promise_10_of_packets_for_a_peer_that_does_not_answer_the_first_128_wait() {
+    let mut network = Network::project();
+    network.nodes[1].absent = true;
+    // Of a flow each: they are not merged.
+    let packet = |n: u16| udp((CLIENT[0], 4000 + n), (SERVER[0], 8080), &n.to_be_bytes());
+    (0..200).for_each(|n| network.capture(0, &packet(n)));
+    assert_eq!(network.nodes[0].engine.waiting().outbound, 128);
+    assert_eq!(network.dropped(0, DropReason::QueueFull), 72);
+    // Another peer has room.
+    network.capture(0, &udp((CLIENT[0], 4000), (THIRD[0], 8080), b"through"));
+    assert_eq!(read(&network.inbox(2)[0]).2, b"through");
+    network.nodes[1].absent = false;
+    network.advance(Duration::from_secs(2));
+    let got: Vec<_> = network.inbox(1).iter().map(|packet| read(packet).2).collect();
+    assert_eq!(got, (0..128u16).map(|n| n.to_be_bytes().to_vec()).collect::<Vec<_>>());
 }

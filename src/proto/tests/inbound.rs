@@ -39,7 +39,11 @@ fn datagrams_of_every_type_and_size_leave_the_receiver_alive() {
     let sealed = sealed_by_third(&mut network, b"still here");
     let opened = network.nodes[0].engine.counters().opened;
     let lengths = (0..300).chain([1_392, 1_500, 9_000, 65_506, 65_507, 65_535, BUFFER_LEN, BUFFER_LEN + 1]);
-    for (length, kind) in lengths.flat_map(|length| (0..=5).chain([255]).map(move |kind| (length, kind))) {
+    let few = lengths.flat_map(|length| (0..=5).map(move |kind| (length, kind)));
+    // Every type byte, around the lengths of messages.
+    let around = [0, 1, 16, 31, 32, 33, 63, 64, 65, 91, 92, 93, 147, 148, 149, 1_392, 65_507];
+    let all = around.into_iter().flat_map(|length| (0..=255).map(move |kind| (length, kind)));
+    for (length, kind) in few.chain(all) {
         let engine = &mut network.nodes[0].engine;
         let buffer = engine.receive_buffer();
         buffer.fill(0xa5);

@@ -263,14 +263,16 @@ fn time_stamp_of_the_far_future_is_refused_and_locks_nobody_out() {
 
 #[test]
 fn time_stamp_of_the_near_future_is_accepted() {
-    let mut pair = Pair::new(&Options::default());
-    let mut fast = transport(A, &Options::default());
-    let peer = fast.add_peer(config(B), pair.now);
-    let mut future = pair.now;
-    future.wall += secs(599);
-    fast.begin(peer, future);
-    let (_, message) = fast.poll_transmit().unwrap();
-    assert_eq!(pair.deliver(B, &message), Ok(Received::Handshake));
+    for ahead in [1, 599, 600] {
+        let mut pair = Pair::new(&Options::default());
+        let mut fast = transport(A, &Options::default());
+        let peer = fast.add_peer(config(B), pair.now);
+        let mut future = pair.now;
+        future.wall += secs(ahead);
+        fast.begin(peer, future);
+        let (_, message) = fast.poll_transmit().unwrap();
+        assert_eq!(pair.deliver(B, &message), Ok(Received::Handshake), "{ahead} s");
+    }
 }
 
 #[test]
@@ -453,7 +455,8 @@ proptest! {
         b_starts_after in 0u64..600,
     ) {
         let mut pair = Pair::new(&Options::default());
-        pair.link = Link { latency: ms(latency), reorder: ms(reorder), loss_percent, duplicate_percent };
+        let (latency, reorder) = (ms(latency), ms(reorder));
+        pair.link = Link { latency, reorder, loss_percent, duplicate_percent, ..Link::GOOD };
         pair.begin(A);
         pair.run(ms(b_starts_after));
         pair.begin(B);

@@ -2,7 +2,8 @@
 //!
 //! The model knows two things of each side: whether its directory names the peer, and which project keys it uses and
 //! accepts. From them alone it says whether a packet may arrive; the transports must agree, whatever was lost, repeated,
-//! restarted, handed over or rotated before. That no counter is used twice is asserted by the [`Pair`].
+//! restarted, handed over or rotated before. Packets are as long as [`mtu::inner_mtu`] lets them be, and those must pass.
+//! That no key seals two messages with one counter is asserted by the [`Pair`].
 
 use proptest::prelude::*;
 use rand::SeedableRng;
@@ -10,19 +11,29 @@ use rand::SeedableRng;
 use super::super::constants::RETIRED_LIFE;
 use super::super::*;
 use super::pair::*;
+use crate::proto::mtu;
 
 /// Seconds within which a permitted packet gets through a good network, if it is sent once a second: 15 s until a session
 /// that only one side still has is given up, one late retry, a second for the handshake.
 const PATIENCE: u32 = 22;
+
+/// Of the links; the first is the least that IPv6 has.
+const MTUS: [u32; 5] = [1_280, 1_281, 1_450, 1_500, 9_000];
 
 /// A rotation's steps: the key in use first, then the accepted one.
 const STEPS: [&[u8]; 5] = [&[1], &[1, 2], &[2, 1], &[2], &[2, 3]];
 
 #[derive(Clone, Debug)]
 enum Op {
-    Send(usize),
+    /// A packet of so many bytes, or of the most that the link lets through.
+    Send(usize, usize),
     Tick(u64),
+    /// Of the datagrams under way: one is lost, one comes twice, one is overtaken.
+    Drop(usize),
+    Duplicate(usize, u64),
+    Reorder(usize, u64),
     Network {
+        mtu: u32,
         loss_percent: u32,
         duplicate_percent: u32,
         latency: u64,
@@ -43,11 +54,12 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => (0..2usize).prop_map(Op::Send),
+        4 => (0..2usize, 4..1_500usize).prop_map(|(side, size)| Op::Send(side, size)),
+        1 => any::<usize>().prop_map(Op::Drop),
+        1 => (any::<usize>(), 0..5_000u64).prop_map(|(n, later)| Op::Duplicate(n, later)),
+        1 => (any::<usize>(), 0..5_000u64).prop_map(|(n, later)| Op::Reorder(n, later)),
         4 => prop_oneof![0..300u64, 0..20_000u64, Just(61_000), Just(181_000)].prop_map(Op::Tick),
-        2 => (0..60u32, 0..40u32, 0..400u64, 0..200u64).prop_map(|(loss_percent, duplicate_percent, latency, reorder)| {
-            Op::Network { loss_percent, duplicate_percent, latency, reorder }
-        }),
+        2 => network(),
         1 => (0..2usize, any::<bool>()).prop_map(|(side, cut)| Op::Cut(side, cut)),
         2 => (0..2usize).prop_map(Op::Rekey),
         1 => (0..2usize).prop_map(Op::Restart),
@@ -55,6 +67,17 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..2usize, prop::bool::weighted(0.6)).prop_map(|(side, named)| Op::Name(side, named)),
         2 => Just(Op::Settle),
     ]
+}
+
+fn network() -> impl Strategy<Value = Op> {
+    let ranges = (prop::sample::select(&MTUS[..]), 0..60u32, 0..40u32, 0..400u64, 0..200u64);
+    ranges.prop_map(|(mtu, loss_percent, duplicate_percent, latency, reorder)| Op::Network {
+        mtu,
+        loss_percent,
+        duplicate_percent,
+        latency,
+        reorder,
+    })
 }
 
 /// What the model knows of a side.
@@ -81,8 +104,8 @@ fn key(side: usize, n: u8) -> StaticSecret {
 }
 
 impl World {
-    fn new() -> Self {
-        let options = Options { rekey_after: secs(20), ..Options::default() };
+    fn new(suite: Suite) -> Self {
+        let options = Options { rekey_after: secs(20), ..Options::of(suite) };
         let known = [A, B].map(|_| Known { named: true, step: 0, rotated: None });
         let pair = Pair::new(&options);
         let mut world =
@@ -108,11 +131,14 @@ impl World {
 
     fn operate(&mut self, op: Op) {
         match op {
-            Op::Send(side) => self.send(side),
+            Op::Send(side, size) => self.send(side, size),
+            Op::Drop(n) => self.pair.lose(n),
+            Op::Duplicate(n, later) => self.pair.repeat(n, ms(later)),
+            Op::Reorder(n, later) => self.pair.delay(n, ms(later)),
             Op::Tick(time) => self.pair.run(ms(time)),
-            Op::Network { loss_percent, duplicate_percent, latency, reorder } => {
-                self.pair.link =
-                    Link { latency: ms(latency), reorder: ms(reorder), loss_percent, duplicate_percent };
+            Op::Network { mtu, loss_percent, duplicate_percent, latency, reorder } => {
+                let (mtu, latency, reorder) = (mtu as usize, ms(latency), ms(reorder));
+                self.pair.link = Link { mtu, latency, reorder, loss_percent, duplicate_percent };
             }
             Op::Cut(side, cut) => self.pair.cut[side] = cut,
             Op::Rekey(side) => {
@@ -127,9 +153,17 @@ impl World {
         self.judge();
     }
 
-    fn send(&mut self, side: usize) {
+    /// The longest packet that the pod may send; two of its bytes are the harness's.
+    fn longest(&self) -> usize {
+        let link = u32::try_from(self.pair.link.mtu).unwrap();
+        mtu::inner_mtu(link, address(A).ip()) as usize - 2
+    }
+
+    fn send(&mut self, side: usize, size: usize) {
         self.number += 1;
-        self.pair.send(side, &self.number.to_be_bytes());
+        let mut packet = self.number.to_be_bytes().to_vec();
+        packet.resize(size.min(self.longest()), 0x5a);
+        self.pair.send(side, &packet);
     }
 
     /// A transport of the side's step, without sessions.
@@ -185,13 +219,14 @@ impl World {
         }
     }
 
-    /// Both sides send once a second through a good network; where the two must meet, each hears the other.
+    /// Both sides send once a second through a good network, as much as it carries; where the two must meet, each hears the
+    /// other.
     fn settle(&mut self) {
-        self.pair.link = Link { latency: ms(10), reorder: ms(0), loss_percent: 0, duplicate_percent: 0 };
+        self.pair.link = Link { mtu: self.pair.link.mtu, ..Link::GOOD };
         self.pair.cut = [false; 2];
         let first = self.number + 1;
         for second in 0..PATIENCE {
-            [A, B].into_iter().for_each(|side| self.send(side));
+            [A, B].into_iter().for_each(|side| self.send(side, usize::MAX));
             self.pair.run(secs(1));
             self.judge();
             let have_heard = [A, B].into_iter().all(|side| self.numbers(side).any(|number| number >= first));
@@ -204,7 +239,7 @@ impl World {
 
     fn numbers(&self, side: usize) -> impl Iterator<Item = u32> {
         let received = self.pair.sides[side].received.iter();
-        received.map(|packet| u32::from_be_bytes(packet[..].try_into().unwrap()))
+        received.map(|packet| u32::from_be_bytes(*packet.first_chunk().unwrap()))
     }
 
     /// What arrived since the last call was permitted, and arrived once.
@@ -224,8 +259,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     #[test]
-    fn permitted_packet_gets_through_and_a_forbidden_one_never(ops in prop::collection::vec(op(), 1..40)) {
-        let mut world = World::new();
+    fn permitted_packet_gets_through_and_a_forbidden_one_never(
+        suite in prop::sample::select(&[Suite::ChaCha20Poly1305, Suite::Aes256Gcm][..]),
+        ops in prop::collection::vec(op(), 1..40),
+    ) {
+        let mut world = World::new(suite);
         ops.into_iter().for_each(|op| world.operate(op));
         world.settle();
     }
@@ -233,17 +271,17 @@ proptest! {
 
 #[test]
 fn session_of_a_retired_project_key_ends_with_it() {
-    let mut world = World::new();
-    let old = [Op::Rotate(B), Op::Send(A), Op::Tick(100), Op::Rotate(B)];
+    let mut world = World::new(Suite::default());
+    let old = [Op::Rotate(B), Op::Send(A, 4), Op::Tick(100), Op::Rotate(B)];
     old.into_iter().for_each(|op| world.operate(op));
     assert!(world.pair.can_send(B), "the key is still accepted");
     world.operate(Op::Rotate(B));
     assert!(!world.pair.can_send(B), "nothing is sealed under the retired key");
-    world.operate(Op::Send(A));
+    world.operate(Op::Send(A, 4));
     world.operate(Op::Tick(100));
     assert_eq!(world.pair.sides[B].received.len(), 2, "what is under way is opened");
     world.operate(Op::Tick(5_000));
-    world.operate(Op::Send(A));
+    world.operate(Op::Send(A, 4));
     world.operate(Op::Tick(100));
     assert_eq!(world.pair.sides[B].received.len(), 2, "and ends soon");
     world.operate(Op::Settle);

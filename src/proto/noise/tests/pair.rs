@@ -1,4 +1,4 @@
-//! The simulated wire: two transports, a clock, and a link with latency, loss, reordering and duplication.
+//! The simulated wire: two transports, a clock, and a link with an MTU, latency, loss, reordering and duplication.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -8,6 +8,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
 use super::super::constants::PADDING;
+use super::super::index::ReceiverIndex;
+use super::super::session::Session;
 use super::super::*;
 use crate::proto::test_start;
 
@@ -61,12 +63,22 @@ pub(super) fn winner() -> usize {
 
 #[derive(Clone, Copy)]
 pub(super) struct Link {
+    /// Bytes of the longest packet that passes, outer headers included; nobody is told of longer ones.
+    pub(super) mtu: usize,
     pub(super) latency: Duration,
     /// Extra latency, at random, up to this.
     pub(super) reorder: Duration,
     pub(super) loss_percent: u32,
     pub(super) duplicate_percent: u32,
 }
+
+impl Link {
+    pub(super) const GOOD: Self =
+        Self { mtu: 65_535, latency: ms(10), reorder: ms(0), loss_percent: 0, duplicate_percent: 0 };
+}
+
+/// Outer IPv4 and UDP header.
+const OUTER: usize = 28;
 
 pub(super) struct Side {
     pub(super) transport: Transport,
@@ -78,8 +90,6 @@ pub(super) struct Side {
     pub(super) drops: Vec<DropReason>,
     /// When this side sent a message of each type, by first byte.
     pub(super) sent: Vec<(u8, Duration)>,
-    /// (receiver index, counter) of every data message sent.
-    nonces: BTreeSet<[u8; 12]>,
 }
 
 impl Side {
@@ -109,6 +119,8 @@ pub(super) struct Pair {
     pub(super) cut: [bool; 2],
     /// Everything that was delivered or lost.
     pub(super) log: Vec<Datagram>,
+    /// Key and counter of every data message sealed by either side.
+    nonces: BTreeSet<([u8; 32], [u8; 8])>,
     /// What each side sent to anybody but the other.
     pub(super) strays: [Vec<(SocketAddr, Vec<u8>)>; 2],
     wire: BTreeMap<(Instant, u64), Datagram>,
@@ -131,18 +143,17 @@ impl Pair {
                 events: Vec::new(),
                 drops: Vec::new(),
                 sent: Vec::new(),
-                nonces: BTreeSet::new(),
             }
         };
-        let link = Link { latency: ms(10), reorder: ms(0), loss_percent: 0, duplicate_percent: 0 };
         Self {
             sides: [side(A), side(B)],
             now,
             start: now,
             behind: [Duration::ZERO; 2],
-            link,
+            link: Link::GOOD,
             cut: [false; 2],
             log: Vec::new(),
+            nonces: BTreeSet::new(),
             strays: [Vec::new(), Vec::new()],
             wire: BTreeMap::new(),
             serial: 0,
@@ -196,10 +207,22 @@ impl Pair {
         let now = self.now;
         let Side { transport, peer, .. } = &mut self.sides[side];
         let mut sealer = transport.seal(*peer, now)?;
-        let text = [&[u8::try_from(packet.len()).unwrap()][..], packet].concat();
+        let text = [&u16::try_from(packet.len()).unwrap().to_be_bytes()[..], packet].concat();
         let mut record = vec![0; record_len(text.len())];
         sealer.seal(&text, &mut record).ok()?;
+        self.note_nonce(side, &record);
         Some(record)
+    }
+
+    /// A side made this data message.
+    fn note_nonce(&mut self, side: usize, record: &[u8]) {
+        let Side { transport, peer, .. } = &self.sides[side];
+        let sessions = transport.peers.get(*peer).into_iter().flat_map(|peer| peer.keypairs.iter());
+        let index = ReceiverIndex::from_wire(record[4..8].try_into().unwrap());
+        let mut keys = sessions.map(Session::sealing_key);
+        let (_, key) = keys.find(|(remote, _)| *remote == index).expect("the session that sealed it");
+        let nonce = (key, record[8..16].try_into().unwrap());
+        assert!(self.nonces.insert(nonce), "a key sealed two messages with one counter");
     }
 
     /// Hands a datagram to a side at once, as if from the other side.
@@ -227,7 +250,8 @@ impl Pair {
                 assert_eq!(*peer, side.peer);
                 let payload = &bytes[payload.clone()];
                 assert_eq!(payload.len() % PADDING, 0);
-                side.received.push(payload[1..=usize::from(payload[0])].to_vec());
+                let (length, packet) = payload.split_first_chunk().unwrap();
+                side.received.push(packet[..usize::from(u16::from_be_bytes(*length))].to_vec());
             }
             Err(reason) => side.drops.push(*reason),
         }
@@ -269,6 +293,33 @@ impl Pair {
         self.wire.is_empty()
     }
 
+    /// Loses one of the datagrams that are under way.
+    pub(super) fn lose(&mut self, n: usize) {
+        if let Some(at) = self.under_way(n) {
+            self.wire.remove(&at);
+        }
+    }
+
+    /// One of the datagrams that are under way arrives a second time, so much later.
+    pub(super) fn repeat(&mut self, n: usize, later: Duration) {
+        let Some(at) = self.under_way(n) else { return };
+        let Datagram { to, from, bytes } = &self.wire[&at];
+        let copy = Datagram { to: *to, from: *from, bytes: bytes.clone() };
+        self.serial += 1;
+        self.wire.insert((at.0 + later, self.serial), copy);
+    }
+
+    /// One of the datagrams that are under way is overtaken by others.
+    pub(super) fn delay(&mut self, n: usize, later: Duration) {
+        let Some(at) = self.under_way(n) else { return };
+        let datagram = self.wire.remove(&at).unwrap();
+        self.wire.insert((at.0 + later, at.1), datagram);
+    }
+
+    fn under_way(&self, n: usize) -> Option<(Instant, u64)> {
+        self.wire.keys().nth(n % self.wire.len().max(1)).copied()
+    }
+
     /// Loses everything that is under way.
     pub(super) fn clear_wire(&mut self) {
         self.wire.clear();
@@ -295,6 +346,9 @@ impl Pair {
             }
         }
         while let Some((to, bytes)) = self.sides[side].transport.poll_transmit() {
+            if bytes[0] == 4 {
+                self.note_nonce(side, &bytes);
+            }
             if to == address(1 - side) {
                 self.put(side, bytes);
             } else {
@@ -306,11 +360,7 @@ impl Pair {
     pub(super) fn put(&mut self, side: usize, bytes: Vec<u8>) {
         let elapsed = self.elapsed();
         self.sides[side].sent.push((bytes[0], elapsed));
-        if bytes[0] == 4 {
-            let nonce = bytes[4..16].try_into().unwrap();
-            assert!(self.sides[side].nonces.insert(nonce), "a counter was used twice");
-        }
-        if self.chance(self.link.loss_percent) {
+        if bytes.len() + OUTER > self.link.mtu || self.chance(self.link.loss_percent) {
             return;
         }
         for _ in 0..=u32::from(self.chance(self.link.duplicate_percent)) {
