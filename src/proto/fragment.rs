@@ -30,7 +30,7 @@ struct Datagram {
     seen: usize,
 }
 
-/// Where datagrams of one direction go.
+/// Where datagrams of one direction go. Those whose time is over make room for others, and count for nothing.
 #[derive(Debug)]
 pub(super) struct FragmentTable {
     datagrams: BTreeMap<FragmentKey, Datagram>,
@@ -39,10 +39,6 @@ pub(super) struct FragmentTable {
 impl FragmentTable {
     pub(super) fn new() -> Self {
         Self { datagrams: BTreeMap::new() }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.datagrams.is_empty()
     }
 
     /// `packet` is a first fragment, and goes by `route`. Of too many datagrams the oldest is forgotten: one of the same
@@ -92,10 +88,6 @@ impl FragmentTable {
             let until = then + remaining.min(LIFE);
             self.datagrams.insert(key, Datagram { until, route, seen: 0 });
         }
-    }
-
-    pub(super) fn sweep(&mut self, now: Now) {
-        self.datagrams.retain(|_, datagram| datagram.until > now.instant);
     }
 }
 

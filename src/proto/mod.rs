@@ -354,12 +354,8 @@ impl Engine {
         self.counters.other_drops.add(DropReason::DnsTimeout, queries);
         self.counters.answer_drops.add(DropReason::DnsTimeout, answers);
         self.expire_held(now);
-        if self.next_sweep.is_some_and(|at| at <= now.instant) {
-            self.sent_fragments.sweep(now);
-            self.received_fragments.sweep(now);
-            if self.flows.sweep(now) {
-                self.next_sweep = None;
-            }
+        if self.next_sweep.is_some_and(|at| at <= now.instant) && self.flows.sweep(now) {
+            self.next_sweep = None;
         }
         self.settle(now);
     }
@@ -395,9 +391,7 @@ impl Engine {
                 self.routing.decide(address, captured);
             }
         }
-        let tables = [&self.sent_fragments, &self.received_fragments];
-        let is_empty = self.flows.is_empty() && tables.iter().all(|table| table.is_empty());
-        if self.next_sweep.is_none() && !is_empty {
+        if self.next_sweep.is_none() && !self.flows.is_empty() {
             self.next_sweep = Some(now.instant + SWEEP_INTERVAL);
         }
     }

@@ -215,6 +215,7 @@ fn promise_4_fragments_of_two_peers_that_answer_as_one_vip_are_not_put_together(
     assert!(admit(network, 0, THIRD[0], &last).is_ok());
     // It is free, too, when the pod's stack has given the datagram up; not before, whatever else the peer sends.
     assert!(admit(network, 0, SERVER[0], &first).is_ok());
+    network.advance(Duration::from_millis(1));
     for id in 2..100 {
         let [first, _] = fragments(&udp((SERVER[0], 80), (CLIENT[0], 4000), &[0x55; 2000]), id);
         assert!(admit(network, 0, SERVER[0], &first).is_ok());
@@ -242,6 +243,7 @@ fn a_peer_that_sends_first_fragments_alone_does_not_stop_the_others() {
     let network = &mut Network::project();
     let of_third = fragments(&udp((THIRD[0], 4000), (SERVER[0], 8080), &[0x55; 2000]), 1);
     assert!(admit(network, 1, THIRD[0], &of_third[0]).is_ok());
+    network.advance(Duration::from_millis(1));
     for id in 0..300 {
         let [first, _] = fragments(&udp((CLIENT[0], 4000), (SERVER[0], 8080), &[0x55; 2000]), id);
         assert!(admit(network, 1, CLIENT[0], &first).is_ok());
