@@ -122,13 +122,14 @@ impl Engine {
         if !self.routing.is_captured(peer) && !self.is_passed_flow(peer, bytes, packet, now) {
             return Ok(Verdict::Hold(DropReason::HeldTooLong));
         }
-        if packet.is_later_fragment() {
-            return self.admit_later_fragment(peer, bytes, packet, now);
-        }
-        // Two peers that answer as one VIP cannot have their bytes put together. What the pod's stack will drop counts for none.
+        // What the pod's stack will not take neither begins a datagram nor ends it.
         if packet.fragment.is_some() && !has_valid_header(bytes, packet) {
             return Err(DropReason::Malformed);
         }
+        if packet.is_later_fragment() {
+            return self.admit_later_fragment(peer, bytes, packet, now);
+        }
+        // Two peers that answer as one VIP cannot have their bytes put together.
         if self.received_fragments.get(packet, now).is_some_and(|route| route.peer() != Some(peer)) {
             return Err(DropReason::NotOwner);
         }

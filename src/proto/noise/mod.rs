@@ -15,12 +15,12 @@
 //! | `handover` | what a successor goes on with |
 //! | `index`, `shared` | names of peers and sessions; what all peers share |
 //!
-//! Decisions beside the paper: early retries are closer together (`constants`). When the first initiations of two attempts
-//! cross, both sides keep the one of the greater address. During a key rotation a peer has two keys: it is answered with either, and
-//! asked with the one in use. Keys are erased when a session reaches its hard limit or is replaced, which
-//! is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far future are
-//! refused. A peer is heard from its own address only, unless roaming is on. An address of the directory has limits of its
-//! own, so that nobody else can use them up (`limits`).
+//! Decisions beside the paper: early retries are closer together (`constants`). When the first initiations of two
+//! attempts cross, both sides keep the one of the greater address. During a key rotation a peer has two keys: it is
+//! answered with either, and asked with the one in use. Keys are erased when a session reaches its hard limit or is
+//! replaced, which is earlier than three times 180 s. Time stamps rise over all peers together, and those of the far
+//! future are refused. A peer is heard from its own address only, unless roaming is on. An address of the directory has
+//! limits of its own, so that nobody else can use them up (`limits`).
 //! Source: WireGuard paper, sections 5 and 6.
 
 mod constants;
