@@ -270,7 +270,11 @@ impl Kernel {
                     self.held.extend(addresses.iter().map(|to| (*to, Held::Prohibit)));
                     self.netlink.prohibit(&self.routed(&addresses))?;
                 }
-                RouteChange::Release(_) => {
+                RouteChange::Connect(_)
+                | RouteChange::Disconnect(_)
+                | RouteChange::Admit(_)
+                | RouteChange::Refuse(_) => {}
+                RouteChange::Release(_) | RouteChange::Retire(_) => {
                     self.netlink.unprotect(&self.routed(&addresses))?;
                     self.guard.remove(&addresses)?;
                     self.held.retain(|to, _| !addresses.contains(to));

@@ -85,7 +85,7 @@ impl Flows {
                 RouteChange::Prohibit(address) => _ = gone.insert(address),
                 RouteChange::Protect(address) => _ = moving.insert(address, true),
                 RouteChange::Pass(address) => _ = moving.insert(address, false),
-                RouteChange::Release(_) => {}
+                _ => {}
             }
         }
         if self.mode == Mode::Strict {
@@ -132,8 +132,8 @@ impl Flows {
                     }
                 }
                 RouteChange::Pass(address) => _ = self.captured.insert(address, false),
-                RouteChange::Prohibit(_) => {}
                 RouteChange::Release(address) => _ = self.captured.remove(&address),
+                _ => {}
             }
         }
         if self.mode != Mode::Strict || fresh.is_empty() {

@@ -48,6 +48,7 @@ pub mod noise;
 pub mod outbound;
 pub mod peers;
 mod queue;
+pub mod ranges;
 pub mod routing;
 #[cfg(test)]
 mod tests;

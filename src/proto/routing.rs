@@ -15,6 +15,8 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::Now;
 use super::nat::Tuple;
 
@@ -44,10 +46,31 @@ pub enum RouteChange {
     Protect(IpAddr),
     /// Guard element, then a `throw` route: the platform carries it, the guard counts it.
     Pass(IpAddr),
-    /// Connections end, the route becomes `prohibit`; the guard element stays.
+    /// Connections end, the route becomes `prohibit`; the guard element stays, and the guard counts the address as a former one.
     Prohibit(IpAddr),
     /// Route, then guard element, are removed.
     Release(IpAddr),
+    /// As [`Self::Release`], unless a socket of the pod names the address: then nothing changes, and it is reported.
+    Retire(IpAddr),
+    /// Sealed datagrams may go to the address. After [`Self::Protect`] or [`Self::Pass`].
+    Connect(IpAddr),
+    /// They may not any more.
+    Disconnect(IpAddr),
+    /// The address is vouched for as none of the project's: for ten minutes the guard lets it pass. Again: renewed.
+    Admit(IpAddr),
+    /// It is not vouched for any more.
+    Refuse(IpAddr),
+}
+
+/// Who an address within the ranges belongs to, as far as the launcher knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Class {
+    /// This project: the directory names it, or will.
+    Own,
+    /// Vouched for as none of the project's: another project, a node, the API server, an exemption.
+    Outside,
+    /// No object names it.
+    Unknown,
 }
 
 /// Changes that are applied together, in order.
@@ -398,7 +421,15 @@ impl RouteChange {
     #[must_use]
     pub fn address(&self) -> IpAddr {
         match *self {
-            Self::Protect(a) | Self::Pass(a) | Self::Prohibit(a) | Self::Release(a) => a,
+            Self::Protect(a)
+            | Self::Pass(a)
+            | Self::Prohibit(a)
+            | Self::Release(a)
+            | Self::Retire(a)
+            | Self::Connect(a)
+            | Self::Disconnect(a)
+            | Self::Admit(a)
+            | Self::Refuse(a) => a,
         }
     }
 }
