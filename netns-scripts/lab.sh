@@ -5,7 +5,8 @@
 #   lab.sh down                     remove it, and everything that runs in it
 #   lab.sh status                   pods, addresses, what is protected
 #   lab.sh exec POD -- CMD...       run a program in a pod (or in node1, node2, ext, fabric)
-#   lab.sh leaks [--reset | --all]  packets of a project that crossed a pod's link in clear
+#   lab.sh leaks [--reset | --all]  packets that crossed a pod's link in clear, declared destinations excepted
+#   lab.sh leaks --declare ADDRESS/PROTOCOL[/PORT]... | --undeclare | --deep on|off | --judge POD...
 #   lab.sh control                  positive control: every leak counter must trip (unprotected lab)
 #   lab.sh capture start|stop [POD...] | capture canary STRING
 #   lab.sh protect [POD...]         start `tencrypt launch` for pods (default: all but shop-lone)
@@ -15,6 +16,7 @@
 #   TENC_LAB            name of the lab (default tenc); labs with different names coexist
 #   TENC_LAB_RP_FILTER  0, 1 or 2: rp_filter of the pods, set before their interfaces are made
 #   TENC_PORT           tunnel port (default 51820)
+#   TENC_LAB_RANGES=1   launchers get the cluster's ranges
 #   TENC_LAUNCH_ARGS    further arguments of `tencrypt launch`
 #   TENCRYPT            the program (default target/release/tencrypt)
 #
@@ -53,6 +55,10 @@ POD_CIDR6=$POD_CIDR6
 VIP_CIDR4=$VIP_CIDR4
 VIP_CIDR6=$VIP_CIDR6
 SHOP_POOL4=$SHOP_POOL4
+EXTERNAL_IP4=$EXTERNAL_IP4
+EXTERNAL_IP6=$EXTERNAL_IP6
+NODE_LOCAL_DNS=$NODE_LOCAL_DNS
+METADATA=$METADATA
 SHOP_POOL6=$SHOP_POOL6
 POD_MTU=1450
 PROJECT_PODS=$(IFS=,; printf '%s' "${PROJECT_PODS[*]}")

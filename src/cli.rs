@@ -15,9 +15,13 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use ipnet::IpNet;
+
 use crate::agent::control::Inject;
+use crate::launcher::guard::Exemption;
 use crate::proto::ladder::Mode;
 use crate::proto::noise::Suite;
+use crate::proto::ranges::Ranges;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
 pub const DEFAULT_PORT: u16 = 51_820;
@@ -27,7 +31,7 @@ const PLANNED_COMMANDS: [&str; 8] =
     ["node", "peers", "flows", "drops", "check", "verify", "gather", "completion"];
 
 /// Flags of `launch` that are planned.
-const PLANNED_FLAGS: [&str; 2] = ["--capture", "--config"];
+const PLANNED_FLAGS: [&str; 1] = ["--config"];
 
 /// Values of flags that are planned: flag and value.
 const PLANNED_VALUES: [(&str, &str); 1] = [("--output", "wide")];
@@ -94,7 +98,9 @@ pub struct Cli {
 pub enum Command {
     /// Protect one pod, in the foreground; SIGTERM or SIGINT stops and cleans up, SIGHUP renews key and agent, SIGQUIT
     /// ends the launcher alone.
-    Launch(Launch),
+    Launch(Box<Launch>),
+    /// Remove everything from a pod that no launcher holds and whose launch keeps failing: it speaks in clear from then on.
+    Clear(Clear),
     /// Print a new project key.
     Keygen,
     /// Show how a pod is, or every pod; exit code 1 unless all are protected.
@@ -113,9 +119,10 @@ pub struct Launch {
     /// File with the project key (mode 0600), as `tencrypt keygen` prints it.
     #[arg(long, value_name = "FILE")]
     pub project_key_file: PathBuf,
-    /// Folder of Pod, Service and EndpointSlice manifests (YAML or JSON); watched.
-    #[arg(long, value_name = "DIR")]
-    pub directory: PathBuf,
+    /// Folder of Pod, Service, EndpointSlice and Node manifests (YAML or JSON); watched. May be repeated: the objects of other
+    /// namespaces vouch for addresses that are not the project's.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub directory: Vec<PathBuf>,
     /// The project; by default the namespace of the one Pod of the directory that has this pod's address.
     #[arg(long, value_name = "NAME")]
     pub project: Option<String>,
@@ -131,6 +138,29 @@ pub struct Launch {
     /// What the tunnel encrypts with; the same for the whole project.
     #[arg(long, value_name = "CIPHER", value_enum, default_value_t = Cipher::Chacha20poly1305)]
     pub cipher: Cipher,
+    /// Range of the cluster's pod addresses; may be repeated. Within the ranges only addresses that something vouches for are
+    /// spoken to in clear. Without any, an address that nobody names passes.
+    #[arg(long, value_name = "CIDR")]
+    pub pod_cidr: Vec<IpNet>,
+    /// Range of the cluster's Service addresses; may be repeated.
+    #[arg(long, value_name = "CIDR")]
+    pub service_cidr: Vec<IpNet>,
+    /// Further addresses of nodes, for example of their tunnels; may be repeated.
+    #[arg(long, value_name = "CIDR")]
+    pub node_cidr: Vec<IpNet>,
+    /// Addresses within the ranges that may be spoken to in clear, for example the API server's; may be repeated.
+    #[arg(long, value_name = "CIDR[:PORT]")]
+    pub exempt: Vec<Exemption>,
+    /// What becomes of an address within the ranges that no object names. `pass` gives up the promise that nothing leaves in
+    /// clear.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = Unclassified::Drop)]
+    pub unclassified: Unclassified,
+    /// Let link-local addresses, multicast and broadcast pass in clear.
+    #[arg(long)]
+    pub allow_link_scope: bool,
+    /// Let a DHCP client of the pod pass.
+    #[arg(long)]
+    pub allow_dhcp: bool,
     /// How packets from peers are handed to the pod's stack.
     #[arg(long, value_name = "WAY", value_enum, default_value_t = InjectWay::Auto)]
     pub inject: InjectWay,
@@ -144,6 +174,34 @@ pub struct Launch {
     /// Rekey sooner than the protocol's 120 s. For tests.
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub rekey_after: Option<u64>,
+}
+
+impl Launch {
+    /// The ranges within which an address has to be vouched for; none where the operator gave that up.
+    #[must_use]
+    pub fn ranges(&self) -> Ranges {
+        match self.unclassified {
+            Unclassified::Drop => self.pod_cidr.iter().chain(&self.service_cidr).copied().collect(),
+            Unclassified::Pass => Ranges::default(),
+        }
+    }
+}
+
+/// `--unclassified`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Unclassified {
+    /// Dropped until something vouches for it.
+    Drop,
+    /// Passed in clear.
+    Pass,
+}
+
+/// `tencrypt clear`.
+#[derive(Clone, Debug, Args)]
+pub struct Clear {
+    /// The pod, named as for `launch --netns`.
+    #[arg(value_name = "NAME")]
+    pub netns: String,
 }
 
 /// `--mode`.
@@ -326,7 +384,7 @@ mod tests {
     fn launch(extra: &str) -> Launch {
         let cli = parse(words(format!("{LAUNCH} {extra}").trim_end())).unwrap();
         let Command::Launch(launch) = cli.command else { panic!("{cli:?}") };
-        launch
+        *launch
     }
 
     fn refused(line: &str) -> (Exit, String) {

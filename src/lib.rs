@@ -5,7 +5,7 @@
 //!
 //! # A DNS query
 //! application -> the resolver it chose (port 53 is routed into `tenc0`) -> `agent::driver` -> [`proto::dns`] (forward)
-//! -> `agent::dns`: that same resolver, from a marked socket -> [`proto::dns`] (a copy is read with [`wire::dns`], the
+//! -> `agent::dns`: that same resolver, from a marked socket (one of the project: through `tenc0`, sealed) -> [`proto::dns`] (a copy is read with [`wire::dns`], the
 //! answer is held) -> [`proto::routing`] -> `agent::applier`: [`agent::guard`], then [`agent::netlink`] -> [`proto::dns`]
 //! (released) -> written to `tenc0` -> application, byte for byte.
 //!
@@ -19,7 +19,8 @@
 //! # Promises
 //! Numbered as in the design; tests name the number they hold.
 //!
-//! 1. No plaintext between two workloads of a project leaves a pod ([`launcher::guard`], [`proto::routing`]).
+//! 1. No plaintext between two workloads of a project leaves a pod ([`launcher::guard`] says what may leave,
+//!    [`proto::routing`] what is sealed, `proto::outside` who vouches for the rest).
 //! 2. Fail closed: what is missing drops with a reason, never passes ([`mod@proto::drop`]).
 //! 3. Two gates: a DNS answer waits for its routes, a peer's first packet for the peer's own ([`proto::routing`]).
 //! 4. Authentic: the injection rule of [`proto::inbound`]; the replay window of [`proto::noise`].

@@ -69,6 +69,10 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
             sys::fd::keep_to_ourselves();
             launcher::launch(arguments, &filter)
         }
+        Command::Clear(arguments) => {
+            sys::fd::keep_to_ourselves();
+            launcher::clear_by_order(arguments)
+        }
         Command::Agent(arguments) => {
             let listener = enter(arguments).map_err(Failure::kernel)?;
             match agent::run(listener).map_err(Failure::kernel)? {

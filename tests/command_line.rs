@@ -20,8 +20,8 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn what_is_not_there_yet_ends_with_2_and_names_itself() {
     for (line, name) in [
-        ("launch --netns a --project-key-file k --directory d --capture learned", "--capture"),
-        ("launch --capture=learned", "--capture"),
+        ("launch --netns a --project-key-file k --directory d --config f", "--config"),
+        ("launch --config=f", "--config"),
         ("peers -o json", "peers"),
         ("node", "node"),
     ] {

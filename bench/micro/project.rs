@@ -7,6 +7,7 @@ use etherparse::PacketBuilder;
 use tencrypt::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use tencrypt::proto::ladder::Mode;
 use tencrypt::proto::noise::{Identity, Options, PeerKeys, PresharedKey, StaticSecret, Suite};
+use tencrypt::proto::ranges::Ranges;
 use tencrypt::proto::{Config, Engine, Now};
 use tencrypt::wire::vnet::{VNET_HEADER_LEN, VnetHeader};
 
@@ -77,6 +78,7 @@ pub(crate) fn engine(own: Ipv4Addr, suite: Suite, mode: Mode) -> Engine {
         coalesce: true,
         coalesce_udp: true,
         mode,
+        ranges: Ranges::default(),
         dns_gate: true,
     })
 }

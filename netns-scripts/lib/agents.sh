@@ -19,9 +19,23 @@ chosen_pods() {
   fi
 }
 
+# cluster_arguments PROJECT: what a launcher is told of the rest of the cluster. The launcher of the lab does not run in its
+# nodes' namespaces, so it is told their addresses.
+cluster_arguments() {
+  local project
+  for project in shop bank kube-system; do
+    [[ $project == "$1" ]] || printf -- '--directory %s ' "$RUN/directory/$project"
+  done
+  printf -- '--node-cidr %s ' "${NODE_CIDRS[@]}"
+  if [[ ${TENC_LAB_RANGES:-0} == 1 ]]; then
+    printf -- '--pod-cidr %s ' "$POD_CIDR4" "$POD_CIDR6"
+    printf -- '--service-cidr %s ' "$VIP_CIDR4" "$VIP_CIDR6"
+  fi
+}
+
 launch() {
   local pod=$1 project=${PROJECT_OF[$1]} base=$RUN/log/launch-$1 extra=() tries=200
-  read -ra extra <<<"${TENC_LAUNCH_ARGS:-}"
+  read -ra extra <<<"$(cluster_arguments "$project") ${TENC_LAUNCH_ARGS:-}"
   ((PORT == 51820)) || extra+=(--port "$PORT")
   rm -f "$base".{out,err,rc,pid}
   setsid bash -c "$LAUNCH_WRAPPER" launch "$base.out" "$base.err" "$base.rc" "$base.pid" \
@@ -61,6 +75,7 @@ protect() {
   ((${#pods[@]})) || exit 1
   for pod in "${pods[@]}"; do
     if alive "launch-$pod" >/dev/null; then note "$pod is protected already"; continue; fi
+    grep -qx "$pod" "$RUN/judged" || printf '%s\n' "$pod" >>"$RUN/judged"
     launch "$pod"
     started+=("$pod")
   done

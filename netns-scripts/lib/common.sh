@@ -19,6 +19,8 @@ POD_CIDR4=10.1.0.0/16       POD_CIDR6=fd00:10:1::/48
 VIP_CIDR4=10.96.0.0/16      VIP_CIDR6=fd00:10:96::/112
 EXT_V4=203.0.113.10         EXT_V6=2001:db8:113::10     EXT_NAME=www.example.test
 ZONE=cluster.local
+# Addresses of the nodes that no Node object names: bridges, gateways of routed pods, tunnels.
+NODE_CIDRS=(10.1.1.1/32 fd00:10:1:1::1/128 fe80::1/128 10.1.1.0/32 10.1.2.0/32)
 
 # name  project  node  IPv4  IPv6
 POD_TABLE='
@@ -40,16 +42,53 @@ kube-system  kube-dns      10.96.0.10  fd00:10:96::a    dns-tcp    tcp  53    53
 shop         web           10.96.1.1   fd00:10:96::101  http       tcp  80    8080  shop-web1,shop-web2
 shop         web-headless  None        None             http       tcp  8080  8080  shop-web1,shop-web2
 shop         echo          10.96.1.2   fd00:10:96::102  echo       udp  7     7007  shop-web1,shop-web2
+shop         portal        10.96.1.4   fd00:10:96::104  http       tcp  80    8080  shop-web1,shop-web2
+shop         portal        10.96.1.4   fd00:10:96::104  echo       udp  7     7007  shop-web1,shop-web2
 shop         iperf         10.96.1.3   fd00:10:96::103  iperf-tcp  tcp  5201  5301  shop-web2
 shop         iperf         10.96.1.3   fd00:10:96::103  iperf-udp  udp  5201  5301  shop-web2
 bank         ledger        10.96.2.1   fd00:10:96::201  http       tcp  80    8080  bank-server
 '
 
-# The VIPs of a project, as the leak detector sees them. The second range of shop is for services
-# that a test invents at run time: port 80 of each of its addresses leads to the web pods.
+# For services that a test invents at run time: port 80 of each of these addresses leads to the web pods of shop.
 SHOP_POOL4=10.96.64.0/18    SHOP_POOL6=fd00:10:96::4000/114
-declare -A VIPS4=([shop]="10.96.1.0/24, $SHOP_POOL4" [bank]="10.96.2.0/24")
-declare -A VIPS6=([shop]="fd00:10:96::100/120, $SHOP_POOL6" [bank]="fd00:10:96::200/120")
+
+# How shop/portal is reached besides its VIP, as kube-proxy has it: every node's own addresses at the nodePorts, externalIPs and a
+# load balancer's ingress address, which is a node's, at the Service's ports; and the hostPorts of shop-web1 on its node.
+PORTAL=shop/portal
+EXTERNAL_IP4=198.51.100.7   EXTERNAL_IP6=2001:db8:198::7
+INGRESS4=192.168.77.2       INGRESS6=fd77::2
+declare -A NODE_PORT=([http]=30080 [echo]=30007) HOST_PORT=([http]=18080 [echo]=17007)
+HOST_PORT_POD=shop-web1
+declare -A NODE_V4=([node1]="192.168.77.1, 10.1.1.1, 10.1.1.0" [node2]="192.168.77.2, 10.1.2.0")
+declare -A NODE_V6=([node1]="fd77::1, fd00:10:1:1::1" [node2]="fd77::2")
+
+# NodeLocal DNSCache and the cloud's metadata server: link-local addresses on every node.
+NODE_LOCAL_DNS=169.254.20.10    METADATA=169.254.169.254
+
+# What a project's pods may exchange in clear with the outside: address, protocol, port of either end (* is any).
+DECLARED_TABLE="
+10.96.0.10          dns
+fd00:10:96::a       dns
+$NODE_LOCAL_DNS     dns
+10.96.0.10          icmp  *
+fd00:10:96::a       icmp  *
+$EXT_V4             tcp   80
+$EXT_V6             tcp   80
+$EXT_V4             icmp  *
+$EXT_V6             icmp  *
+$METADATA           tcp   80
+10.96.2.1           tcp   80
+fd00:10:96::201     tcp   80
+10.1.2.22           tcp   8080
+fd00:10:1:2::22     tcp   8080
+10.1.1.21           tcp   8080
+fd00:10:1:1::21     tcp   8080
+$(for address in 10.1.1.0 10.1.1.1 10.1.2.0 192.168.77.1 192.168.77.2 fe80::1 fe80::77:1 fe80::77:2 fd00:10:1:1::1 fd77::1 fd77::2; do
+  printf '%s tcp 8080\n%s icmp *\n' $address $address
+done)
+192.168.77.254      icmp  *
+fd77::fe            icmp  *
+"
 
 PODS=() PROJECT_PODS=()
 declare -A PROJECT_OF NODE_OF V4 V6

@@ -22,6 +22,7 @@ dns_hosts() {
 }
 
 # Every name answers alike each time: no round robin, fixed TTLs. Whatever is not listed does not exist.
+# `dns_config interface=NAME` or `dns_config listen-address=ADDRESS`.
 dns_config() {
   local service name pname proto port i text
   cat <<END
@@ -31,8 +32,7 @@ no-resolv
 no-hosts
 no-poll
 bind-interfaces
-interface=eth0
-except-interface=lo
+$1
 local=/#/
 no-round-robin
 local-ttl=5
@@ -60,10 +60,16 @@ END
 }
 
 make_dns() {
+  local node
   mkdir -p "$RUN/dns/hosts.d"
   dns_hosts >"$RUN/dns/hosts"
-  dns_config >"$RUN/dns/dnsmasq.conf"
+  dns_config $'interface=eth0\nexcept-interface=lo' >"$RUN/dns/dnsmasq.conf"
   spawn dns kube-dns "$(command -v dnsmasq)" --keep-in-foreground --conf-file="$RUN/dns/dnsmasq.conf" --pid-file
+  # A copy on every node, as NodeLocal DNSCache.
+  dns_config "listen-address=$NODE_LOCAL_DNS" >"$RUN/dns/node-local.conf"
+  for node in "${NODES[@]}"; do
+    spawn "dns-$node" "$node" "$(command -v dnsmasq)" --keep-in-foreground --conf-file="$RUN/dns/node-local.conf" --pid-file
+  done
 }
 
 # Files that `ip netns exec` binds over /etc: names come from the cluster's resolver and nowhere else.
@@ -87,7 +93,7 @@ make_big_file() {
   head -c $BIG_BYTES /dev/urandom >"$RUN/www/big" && sha256sum <"$RUN/www/big" | cut -d' ' -f1 >"$RUN/www/big.sha256"
 }
 
-WEB_SERVERS=(shop-web1 shop-web2 bank-server ext)
+WEB_SERVERS=(shop-web1 shop-web2 bank-server ext metadata)
 
 make_web_roots() {
   local name
@@ -115,6 +121,9 @@ start_daemons() {
   for name in shop-web1 shop-web2 bank-server; do
     spawn "web-$name" "$name" "$PYTHON" -I "$SCRIPTS/pod.py" http 8080 "$RUN/www/$name"
   done
+  for name in "${NODES[@]}"; do
+    spawn "web-$name" "$name" "$PYTHON" -I "$SCRIPTS/pod.py" http 80 "$RUN/www/metadata" "::ffff:$METADATA"
+  done
   spawn web-ext ext "$PYTHON" -I "$SCRIPTS/pod.py" http 80 "$RUN/www/ext"
   for name in shop-web1 shop-web2; do
     spawn "echo-$name" "$name" "$PYTHON" -I "$SCRIPTS/pod.py" echo 7007
@@ -123,7 +132,12 @@ start_daemons() {
 }
 
 wait_for_daemons() {
+  local name
   wait_for 10 "dnsmasq (see $RUN/log/dns.log)" listening kube-dns -u 53
+  for name in "${NODES[@]}"; do
+    wait_for 10 "dnsmasq of $name (see $RUN/log/dns-$name.log)" listening "$name" -u 53
+    wait_for 10 "metadata server of $name" listening "$name" -t 80
+  done
   wait_for 10 "web server of shop-web1" listening shop-web1 -t 8080
   wait_for 10 "web server of shop-web2, iperf3" listening shop-web2 -t 8080 5301
   wait_for 10 "web server of bank-server" listening bank-server -t 8080

@@ -63,6 +63,17 @@ app() {
   esac
 }
 
+# host_ports POD: the container's ports, if the node forwards some.
+host_ports() {
+  local pname proto target
+  [[ $1 == "$HOST_PORT_POD" ]] || return 0
+  printf '    ports:\n'
+  while read -r pname proto _ target; do
+    printf '    - name: %s\n      containerPort: %s\n      hostPort: %s\n      protocol: %s\n' \
+      "$pname" "$target" "${HOST_PORT[$pname]}" "${proto^^}"
+  done <<<"${SERVICE_PORTS[$PORTAL]}"
+}
+
 pod_manifest() {
   local pod=$1 n=${NODE_OF[$1]#node} app
   app "$pod"
@@ -76,6 +87,7 @@ spec:
   containers:
   - image: registry.example.test/$app:1
     name: main
+$(host_ports "$pod")
   dnsPolicy: ClusterFirst
   nodeName: ${NODE_OF[$pod]}
   restartPolicy: Always
@@ -111,9 +123,17 @@ service_manifest() {
   printf '  internalTrafficPolicy: Cluster\n  ipFamilies:\n  - IPv4\n  - IPv6\n  ipFamilyPolicy: PreferDualStack\n  ports:\n'
   while read -r pname proto port target; do
     printf '  - name: %s\n    port: %s\n    protocol: %s\n    targetPort: %s\n' "$pname" "$port" "${proto^^}" "$target"
+    [[ $service != "$PORTAL" ]] || printf '    nodePort: %s\n' "${NODE_PORT[$pname]}"
   done <<<"${SERVICE_PORTS[$service]}"
   app "${SERVICE_PODS[$service]%%,*}"
-  printf '  selector:\n    app: %s\n  sessionAffinity: None\n  type: ClusterIP\nstatus:\n  loadBalancer: {}\n' "$REPLY"
+  printf '  selector:\n    app: %s\n  sessionAffinity: None\n' "$REPLY"
+  if [[ $service == "$PORTAL" ]]; then
+    printf '  externalIPs:\n  - %s\n  - %s\n  type: LoadBalancer\n' "$EXTERNAL_IP4" "$EXTERNAL_IP6"
+    printf 'status:\n  loadBalancer:\n    ingress:\n    - ip: %s\n      ipMode: VIP\n    - ip: %s\n      ipMode: VIP\n' \
+      "$INGRESS4" "$INGRESS6"
+  else
+    printf '  type: ClusterIP\nstatus:\n  loadBalancer: {}\n'
+  fi
 }
 
 # slice_manifest PROJECT/SERVICE FAMILY: FAMILY is IPv4 or IPv6.
@@ -181,7 +201,7 @@ make_directory() {
   local project=$1 dir=$RUN/directory/$1 node pod service name
   mkdir -p "$dir"
   for node in "${NODES[@]}"; do node_manifest "$node" >"$dir/node-$node.yaml"; done
-  for pod in "${PROJECT_PODS[@]}"; do
+  for pod in "${PODS[@]}"; do
     [[ ${PROJECT_OF[$pod]} != "$project" ]] || pod_manifest "$pod" >"$dir/pod-$pod.yaml"
   done
   for service in "${SERVICES[@]}"; do
@@ -206,8 +226,6 @@ make_key() {
 
 make_directories() {
   local project
-  for project in shop bank; do
-    make_directory $project
-    make_key $project
-  done
+  for project in shop bank kube-system; do make_directory $project; done
+  for project in shop bank; do make_key $project; done
 }

@@ -74,6 +74,8 @@ END
 make_node() {
   batch "node$1" <<END
 link set lo up
+addr add $NODE_LOCAL_DNS/32 dev lo scope host
+addr add $METADATA/32 dev lo scope host
 addr add 192.168.77.$1/24 dev eth0
 addr add fd77::$1/64 dev eth0 nodad
 link set eth0 up
@@ -179,6 +181,29 @@ END
 END
 }
 
+# portal_rules NODE: nodePorts, externalIPs, the load balancer's ingress address and hostPorts, as this node answers to them.
+portal_rules() {
+  local node=$1 pods left pod pname proto port target host=${V4[$HOST_PORT_POD]} host6=${V6[$HOST_PORT_POD]}
+  IFS=, read -ra pods <<<"${SERVICE_PODS[$PORTAL]}"
+  while read -r pname proto port target; do
+    left=${#pods[@]}
+    for pod in "${pods[@]}"; do
+      cat <<END
+    ip daddr { ${NODE_V4[$node]} } $proto dport ${NODE_PORT[$pname]} numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target
+    ip6 daddr { ${NODE_V6[$node]} } $proto dport ${NODE_PORT[$pname]} numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target
+    ip daddr { $EXTERNAL_IP4, $INGRESS4 } $proto dport $port numgen random mod $left == 0 dnat ip to ${V4[$pod]}:$target
+    ip6 daddr { $EXTERNAL_IP6, $INGRESS6 } $proto dport $port numgen random mod $left == 0 dnat ip6 to [${V6[$pod]}]:$target
+END
+      left=$((left - 1))
+    done
+    [[ ${NODE_OF[$HOST_PORT_POD]} == "$node" ]] || continue
+    cat <<END
+    ip daddr { ${NODE_V4[$node]} } $proto dport ${HOST_PORT[$pname]} dnat ip to $host:$target
+    ip6 daddr { ${NODE_V6[$node]} } $proto dport ${HOST_PORT[$pname]} dnat ip6 to [$host6]:$target
+END
+  done <<<"${SERVICE_PORTS[$PORTAL]}"
+}
+
 # Masquerading as on a node: a pod that reaches itself through a VIP, node traffic to a VIP, and what
 # leaves the cluster. Where the kernel has no bridge hooks, also VIP traffic between pods of one bridge.
 masquerade_rules() {
@@ -192,20 +217,22 @@ masquerade_rules() {
     printf '    ct status dnat ip6 saddr fd00:10:1:1::/64 ip6 daddr fd00:10:1:1::/64 masquerade\n'
   fi
   cat <<END
+    ct status dnat ct original ip daddr != $VIP_CIDR4 masquerade
+    ct status dnat ct original ip6 daddr != $VIP_CIDR6 masquerade
     ct status dnat ip saddr != $POD_CIDR4 masquerade
     ct status dnat ip6 saddr != $POD_CIDR6 masquerade
-    ip saddr $POD_CIDR4 ip daddr != { $POD_CIDR4, 224.0.0.0/4 } masquerade
+    ip saddr $POD_CIDR4 ip daddr != { $POD_CIDR4, 224.0.0.0/4, 255.255.255.255 } masquerade
     ip6 saddr $POD_CIDR6 ip6 daddr != { $POD_CIDR6, ff00::/8 } masquerade
 END
 }
 
-make_services() {
-  local node rules
-  rules=$(
-    cat <<END
+# service_table NODE
+service_table() {
+  cat <<END
 table inet lab-services {
   chain services {
-$(service_rules)
+$SERVICE_RULES
+$(portal_rules "$1")
   }
   chain prerouting {
     type nat hook prerouting priority dstnat; policy accept;
@@ -217,7 +244,7 @@ $(service_rules)
   }
   chain postrouting {
     type nat hook postrouting priority srcnat; policy accept;
-$(masquerade_rules)
+$MASQUERADE_RULES
   }
   chain forward {
     type filter hook forward priority filter; policy accept;
@@ -226,8 +253,12 @@ $(masquerade_rules)
   }
 }
 END
-  )
-  for node in "${NODES[@]}"; do inside "$node" nft -f - <<<"$rules"; done
+}
+
+make_services() {
+  local node
+  SERVICE_RULES=$(service_rules) MASQUERADE_RULES=$(masquerade_rules)
+  for node in "${NODES[@]}"; do service_table "$node" | inside "$node" nft -f -; done
 }
 
 make_topology() {

@@ -14,14 +14,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use rustix::time::{ClockId, clock_gettime};
 use tracing::debug;
 
 use super::flows::{self, Ended, Flows};
-use super::guard::Guard;
+use super::guard::{Guard, Kind, Wanted as WantedSets};
 use super::netlink::{Capture, Link, MARK, Netlink, ProtectedRoute, TX_QUEUE_LEN, Wanted};
 use super::tun::{self, Tun};
 use super::watch::Tampering;
@@ -40,6 +41,7 @@ enum Order {
     Apply(Batch),
     Check,
     GuardLoaded(u64),
+    ReadAsked,
 }
 
 /// What the thread has done.
@@ -48,6 +50,8 @@ pub(super) enum Done {
     Applied(Applied),
     /// A check.
     Checked(Checked),
+    /// A look at the addresses that the guard's rules met and nobody named.
+    Asked(Vec<IpAddr>),
 }
 
 /// A finished batch, or why it could not be.
@@ -56,13 +60,17 @@ pub(super) struct Applied {
     pub(super) outcome: anyhow::Result<()>,
     /// Flows that ended or moved with it, in either case.
     pub(super) ended: Ended,
+    /// Addresses that were to be retired, and that a socket of the pod still names.
+    pub(super) named: Vec<IpAddr>,
 }
 
 /// What a check found.
 #[derive(Debug, Default)]
 pub(super) struct Checked {
-    /// The launcher had just loaded the guard.
-    pub(super) after_load: bool,
+    /// The launcher had just loaded this skeleton of the guard; whether its sets are filled.
+    pub(super) filled: Option<(u64, bool)>,
+    /// How much of a core's time it took.
+    pub(super) cost: Duration,
     /// Put right.
     pub(super) repaired: Vec<Tampering>,
     /// Beyond the agent's power, or not its to change.
@@ -93,10 +101,13 @@ pub(super) struct Facts {
     pub(super) tun: Arc<Tun>,
     /// Addresses that a former agent left routes for.
     pub(super) stale: Vec<IpAddr>,
+    /// Addresses that it left in the guard's set of peers.
+    pub(super) peers: Vec<IpAddr>,
 }
 
 impl Applier {
-    /// Starts the thread in the calling thread's namespace, with `tenc0` and the rules in place.
+    /// Starts the thread in the calling thread's namespace, with `tenc0` and the rules in place. Also gives the addresses that
+    /// sockets of the pod name now.
     ///
     /// # Errors
     /// No eventfd, no thread, or the kernel does not show its devices, or what a former agent left.
@@ -105,7 +116,7 @@ impl Applier {
         mut netlink: Netlink,
         facts: Facts,
         mode: Mode,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<(Self, Vec<IpAddr>)> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).context("eventfd")?;
         let event = Arc::new(event);
         let (orders, inbox) = channel::<Order>();
@@ -115,7 +126,8 @@ impl Applier {
         let addresses = netlink.addresses()?;
         let own = &facts.capture.own;
         let pod_index = addresses.iter().find(|a| own.contains(&a.address)).map(|a| a.index);
-        let flows = Flows::open(&mut netlink, mode).context("look at the pod's connections")?;
+        let mut flows = Flows::open(&mut netlink, mode).context("look at the pod's connections")?;
+        let spoken_to = flows.spoken_to();
         let mut kernel = Kernel {
             guard,
             netlink,
@@ -123,7 +135,9 @@ impl Applier {
             pod_index,
             known: addresses.into_iter().map(|a| (a.index, a.address)).collect(),
             held: facts.stale.iter().map(|to| (*to, Held::Adopted)).collect(),
+            peers: facts.peers.iter().copied().filter(|to| facts.stale.contains(to)).collect(),
             facts,
+            named: Vec::new(),
             flows,
             sweep_at: Instant::now(),
             reached: BTreeSet::new(),
@@ -134,8 +148,8 @@ impl Applier {
                 let done = match kernel.next(&inbox) {
                     Ok(Order::Apply(batch)) => {
                         let outcome = kernel.apply(&batch);
-                        let ended = kernel.flows.ended();
-                        Done::Applied(Applied { id: batch.id, outcome, ended })
+                        let (ended, named) = (kernel.flows.ended(), std::mem::take(&mut kernel.named));
+                        Done::Applied(Applied { id: batch.id, outcome, ended, named })
                     }
                     Ok(Order::Check) => {
                         let checked = kernel.check();
@@ -144,6 +158,7 @@ impl Applier {
                         Done::Checked(checked)
                     }
                     Ok(Order::GuardLoaded(skeleton)) => Done::Checked(kernel.guard_loaded(skeleton)),
+                    Ok(Order::ReadAsked) => Done::Asked(kernel.read_asked()),
                     Err(RecvTimeoutError::Timeout) => {
                         kernel.sweep_at = Instant::now() + flows::SWEEP;
                         kernel.flows.sweep(&mut kernel.netlink);
@@ -156,12 +171,8 @@ impl Applier {
                 }
             }
         });
-        Ok(Self {
-            orders: Some(orders),
-            done,
-            event,
-            thread: Some(thread.context("start the control thread")?),
-        })
+        let thread = Some(thread.context("start the control thread")?);
+        Ok((Self { orders: Some(orders), done, event, thread }, spoken_to))
     }
 
     /// Hands over a batch.
@@ -173,6 +184,11 @@ impl Applier {
     /// Orders a check; its outcome comes as [`Done::Checked`].
     pub(super) fn check(&self) {
         self.order(Order::Check);
+    }
+
+    /// Orders a look at the addresses that the guard's rules met; they come as [`Done::Asked`].
+    pub(super) fn read_asked(&self) {
+        self.order(Order::ReadAsked);
     }
 
     /// The launcher loaded the guard's skeleton again: its sets are filled. Another skeleton's rules are taken for the right ones.
@@ -224,6 +240,10 @@ struct Kernel {
     netlink: Netlink,
     facts: Facts,
     held: BTreeMap<IpAddr, Held>,
+    /// Those of them that sealed datagrams may go to.
+    peers: BTreeSet<IpAddr>,
+    /// Addresses of this batch that a socket of the pod still names.
+    named: Vec<IpAddr>,
     tun_index: u32,
     pod_index: Option<u32>,
     /// Addresses of the namespace that were there when the agent came, by device.
@@ -257,31 +277,47 @@ impl Kernel {
             match run[0] {
                 RouteChange::Protect(_) => {
                     self.held.extend(addresses.iter().map(|to| (*to, Held::Protect)));
-                    self.guard.add(&addresses)?;
+                    self.guard.protect(&addresses)?;
                     let routes: Vec<_> = addresses.iter().filter_map(|to| self.route(*to)).collect();
                     self.netlink.protect(&routes)?;
                 }
                 RouteChange::Pass(_) => {
                     self.held.extend(addresses.iter().map(|to| (*to, Held::Pass)));
-                    self.guard.add(&addresses)?;
+                    self.guard.protect(&addresses)?;
                     self.netlink.pass(&self.routed(&addresses))?;
                 }
                 RouteChange::Prohibit(_) => {
                     self.held.extend(addresses.iter().map(|to| (*to, Held::Prohibit)));
+                    self.guard.prohibit(&addresses)?;
                     self.netlink.prohibit(&self.routed(&addresses))?;
                 }
-                RouteChange::Connect(_)
-                | RouteChange::Disconnect(_)
-                | RouteChange::Admit(_)
-                | RouteChange::Refuse(_) => {}
-                RouteChange::Release(_) | RouteChange::Retire(_) => {
-                    self.netlink.unprotect(&self.routed(&addresses))?;
-                    self.guard.remove(&addresses)?;
-                    self.held.retain(|to, _| !addresses.contains(to));
+                RouteChange::Release(_) => self.release(&addresses)?,
+                RouteChange::Retire(_) => {
+                    let (named, over) = self.flows.split_named(addresses);
+                    self.named.extend(named);
+                    self.release(&over)?;
                 }
+                RouteChange::Connect(_) => {
+                    self.peers.extend(&addresses);
+                    self.guard.add(Kind::Peers, &addresses)?;
+                }
+                RouteChange::Disconnect(_) => {
+                    self.peers.retain(|to| !addresses.contains(to));
+                    self.guard.remove(Kind::Peers, &addresses)?;
+                }
+                RouteChange::Admit(_) => self.guard.admit(&addresses)?,
+                RouteChange::Refuse(_) => self.guard.remove(Kind::Released, &addresses)?,
             }
         }
-        self.flows.conclude(batch);
+        self.flows.conclude(batch, &self.named);
+        Ok(())
+    }
+
+    fn release(&mut self, addresses: &[IpAddr]) -> anyhow::Result<()> {
+        self.netlink.unprotect(&self.routed(addresses))?;
+        self.guard.release(addresses)?;
+        self.held.retain(|to, _| !addresses.contains(to));
+        self.peers.retain(|to| !addresses.contains(to));
         Ok(())
     }
 
@@ -299,6 +335,7 @@ impl Kernel {
     /// Compares everything, repairs what can be repaired. What the kernel refuses stands.
     fn check(&mut self) -> Checked {
         let mut checked = Checked::default();
+        let begun = own_time();
         let steps: [fn(&mut Self, &mut Checked) -> anyhow::Result<()>; 6] = [
             Self::check_guard,
             Self::check_links,
@@ -317,11 +354,13 @@ impl Kernel {
             found.sort_unstable();
             found.dedup();
         }
+        checked.cost = own_time().saturating_sub(begun);
         checked
     }
 
     fn check_guard(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
-        let wanted: BTreeSet<IpAddr> = self.held.keys().copied().collect();
+        self.check_hooks(checked)?;
+        let wanted = self.wanted_sets();
         match self.guard.check(&wanted)? {
             None => {}
             Some(Tampering::GuardElement) => {
@@ -340,17 +379,49 @@ impl Kernel {
         Ok(())
     }
 
+    /// A device whose egress is not guarded: the launcher adds its hook.
+    fn check_hooks(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
+        let links = self.netlink.links()?;
+        let guarded =
+            |link: &Link| link.loopback || link.index == self.tun_index || self.guard.has_hook(&link.name);
+        if !links.iter().all(guarded) {
+            checked.standing.push(Tampering::GuardDevice);
+        }
+        Ok(())
+    }
+
+    fn wanted_sets(&self) -> WantedSets {
+        let former = self.held.iter().filter(|(_, held)| **held == Held::Prohibit);
+        WantedSets {
+            protected: self.held.keys().copied().collect(),
+            peers: self.peers.clone(),
+            former: former.map(|(to, _)| *to).collect(),
+        }
+    }
+
     fn refill(&mut self) -> anyhow::Result<()> {
-        let all: Vec<IpAddr> = self.held.keys().copied().collect();
-        Ok(self.guard.refill(&all)?)
+        Ok(self.guard.refill(&self.wanted_sets())?)
     }
 
     fn guard_loaded(&mut self, skeleton: u64) -> Checked {
         let loaded = self.guard.accept(skeleton).map_err(Into::into).and_then(|()| self.refill());
-        if let Err(error) = loaded {
+        if let Err(error) = &loaded {
             debug!(error = format!("{error:#}"), "guard not filled");
         }
-        Checked { after_load: true, ..self.check() }
+        Checked { filled: Some((skeleton, loaded.is_ok())), ..self.check() }
+    }
+
+    /// Addresses that the rules met on the way out and in, of the last seconds.
+    fn read_asked(&mut self) -> Vec<IpAddr> {
+        let mut asked = BTreeSet::new();
+        for kind in [Kind::Asked, Kind::Fresh] {
+            match self.guard.list(kind) {
+                Ok(addresses) => asked.extend(addresses),
+                // The rules tell again, as long as somebody sends.
+                Err(error) => debug!(%error, "addresses that the guard met cannot be read"),
+            }
+        }
+        asked.into_iter().collect()
     }
 
     fn check_links(&mut self, checked: &mut Checked) -> anyhow::Result<()> {
@@ -533,4 +604,10 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// How long this thread has run so far: a machine with other work does not make a check longer.
+fn own_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }

@@ -1,7 +1,8 @@
 //! The agent's side of DNS: one upstream socket per UDP query, and the TCP connections of the helper namespace.
 //!
 //! UDP: `forward` opens a marked, connected socket from a random port, sends, and waits for the driver to say that it is
-//! readable. TCP: the pod's segments for port 53 end in the helper namespace, whose listener is accepted here; the pod's
+//! readable. A resolver of the project is asked from a socket like any of the pod's, which the engine is told of: its packets
+//! come back through `tenc0` and are sealed. TCP: the pod's segments for port 53 end in the helper namespace, whose listener is accepted here; the pod's
 //! bytes go to the resolver as they come, the resolver's messages go to the engine one by one and come back released.
 //! No decisions: what is an answer, and when it may go on, the engine says. Bounded; everything non-blocking.
 //!
@@ -16,9 +17,13 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand_chacha::ChaCha20Rng;
+use socket2::Type;
 
-use super::udp::{dns_socket, dns_stream};
+use super::udp::{dns_socket, dns_stream, plain_socket};
+use crate::proto::Engine;
 use crate::proto::dns::{Forward, QueryId, StreamId};
+use crate::proto::nat::Tuple;
+use crate::wire::packet::protocol;
 
 /// TCP connections at one time.
 const MAX_STREAMS: usize = 64;
@@ -35,11 +40,20 @@ const MESSAGE_MAX: usize = 65_535;
 
 /// Sockets towards resolvers, one per query in flight.
 pub(super) struct Queries {
-    sockets: BTreeMap<QueryId, (UdpSocket, u16)>,
+    sockets: BTreeMap<QueryId, Upstream>,
     ports: RangeInclusive<u16>,
     /// Sockets that keep `ports` from the applications, where they would get them otherwise.
     held: Vec<OwnedFd>,
     rng: ChaCha20Rng,
+}
+
+/// A query's socket.
+struct Upstream {
+    socket: UdpSocket,
+    /// Its port of LO-HI, if it has one.
+    port: Option<u16>,
+    /// What the engine knows it by, if it is to be sealed.
+    sealed: Option<Tuple>,
 }
 
 /// What one read of a query's socket gave.
@@ -57,13 +71,34 @@ impl Queries {
         Self { sockets: BTreeMap::new(), ports, held, rng }
     }
 
-    /// Sends a query from a socket of its own and returns the socket for the driver to watch.
+    /// Sends a query from a socket of its own and returns the socket for the driver to watch. `open` tells the engine of a
+    /// socket whose packets are to be sealed, and says whether it may be.
     ///
     /// # Errors
-    /// No port is free, or the kernel has no route.
-    pub(super) fn forward(&mut self, forward: Forward) -> anyhow::Result<BorrowedFd<'_>> {
+    /// No port is free, the kernel has no route, or there are too many sockets.
+    pub(super) fn forward(
+        &mut self,
+        forward: &Forward,
+        open: impl FnOnce(Tuple) -> bool,
+    ) -> anyhow::Result<BorrowedFd<'_>> {
+        let upstream = if forward.sealed {
+            let socket = UdpSocket::from(plain_socket(forward.upstream, Type::DGRAM)?);
+            let tuple = tuple_of(protocol::UDP, socket.local_addr()?, forward.upstream);
+            anyhow::ensure!(open(tuple), "too many sockets towards resolvers of the project");
+            Upstream { socket, port: None, sealed: Some(tuple) }
+        } else {
+            self.marked(forward.upstream)?
+        };
+        // Kept before anything can fail: it is closed by its query from here on.
+        let Upstream { socket, .. } = self.sockets.entry(forward.query).or_insert(upstream);
+        socket.send(&forward.bytes)?;
+        Ok((*socket).as_fd())
+    }
+
+    /// A marked socket from a random port of LO-HI.
+    fn marked(&mut self, resolver: SocketAddr) -> anyhow::Result<Upstream> {
         let (rng, lo) = (&mut self.rng, u32::from(*self.ports.start()));
-        let used: BTreeSet<u32> = self.sockets.values().map(|(_, port)| u32::from(*port)).collect();
+        let used: BTreeSet<u32> = self.sockets.values().filter_map(|u| u.port).map(u32::from).collect();
         anyhow::ensure!(used.len() < self.ports.len() / 2, "too many queries for the ports there are");
         // Two sockets of one port and resolver would get each other's answers.
         let mut pick = |n| loop {
@@ -72,16 +107,14 @@ impl Queries {
                 break offset;
             }
         };
-        let fd = dns_socket(forward.upstream, self.ports.clone(), !self.held.is_empty(), &mut pick)?;
+        let fd = dns_socket(resolver, self.ports.clone(), !self.held.is_empty(), &mut pick)?;
         let socket = UdpSocket::from(fd);
-        socket.send(&forward.bytes)?;
-        let port = socket.local_addr()?.port();
-        let (socket, _) = self.sockets.entry(forward.query).or_insert((socket, port));
-        Ok((*socket).as_fd())
+        let port = Some(socket.local_addr()?.port());
+        Ok(Upstream { socket, port, sealed: None })
     }
 
     pub(super) fn read(&mut self, query: QueryId) -> Answer {
-        let Some((socket, _)) = self.sockets.get(&query) else { return Answer::Nothing };
+        let Some(Upstream { socket, sealed, .. }) = self.sockets.get(&query) else { return Answer::Nothing };
         let mut message = vec![0; MESSAGE_MAX];
         match socket.recv(&mut message) {
             Ok(len) => {
@@ -89,19 +122,24 @@ impl Queries {
                 Answer::Message(message)
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Answer::Refused,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Answer::Nothing,
+            // Said by the engine itself, which cannot reach the resolver: the application need not wait.
+            Err(_) if sealed.is_some() => Answer::Refused,
             Err(_) => Answer::Nothing,
         }
     }
 
-    /// Closes the socket.
-    pub(super) fn close(&mut self, query: QueryId) {
-        self.sockets.remove(&query);
+    /// Closes the socket, and returns what the engine knows it by.
+    pub(super) fn close(&mut self, query: QueryId) -> Option<Tuple> {
+        self.sockets.remove(&query)?.sealed
     }
 }
 
 struct Stream {
     client: TcpStream,
     upstream: TcpStream,
+    /// What the engine knows `upstream` by, if it is to be sealed.
+    sealed: Option<Tuple>,
     /// From the application, for the resolver.
     queries: VecDeque<u8>,
     /// From the resolver, not yet a whole message.
@@ -120,11 +158,13 @@ struct Stream {
 pub(super) struct Streams {
     streams: BTreeMap<StreamId, Stream>,
     next: u64,
+    /// Sockets that the engine has to be told to forget.
+    closed: Vec<Tuple>,
 }
 
 impl Streams {
     pub(super) fn new() -> Self {
-        Self { streams: BTreeMap::new(), next: 0 }
+        Self { streams: BTreeMap::new(), next: 0, closed: Vec::new() }
     }
 
     /// Whether no connection is open.
@@ -132,7 +172,8 @@ impl Streams {
         self.streams.is_empty()
     }
 
-    /// Takes a connection from a listener of the helper namespace and opens the one to the resolver it was meant for.
+    /// Takes a connection from a listener of the helper namespace and opens the one to the resolver it was meant for; whether
+    /// that one is sealed, the engine says.
     ///
     /// # Errors
     /// Too many connections, or no way to the resolver: the application sees its connection closed.
@@ -140,19 +181,27 @@ impl Streams {
         &mut self,
         client: TcpStream,
         queries: &mut Queries,
+        engine: &mut Engine,
     ) -> anyhow::Result<(StreamId, [BorrowedFd<'_>; 2])> {
         anyhow::ensure!(self.streams.len() < MAX_STREAMS, "{MAX_STREAMS} DNS connections are open already");
         let resolver = SocketAddr::new(client.local_addr()?.ip().to_canonical(), 53);
         client.set_nonblocking(true)?;
         client.set_nodelay(true)?;
-        let rng = &mut queries.rng;
-        let upstream: TcpStream =
-            dns_stream(resolver, queries.ports.clone(), &mut |n| rng.next_u32() % n)?.into();
+        let (upstream, sealed) = if engine.is_sealed(resolver.ip()) {
+            let upstream = TcpStream::from(plain_socket(resolver, Type::STREAM)?);
+            let tuple = tuple_of(protocol::TCP, upstream.local_addr()?, resolver);
+            anyhow::ensure!(engine.open_upstream(tuple), "too many sockets towards resolvers of the project");
+            (upstream, Some(tuple))
+        } else {
+            let rng = &mut queries.rng;
+            (dns_stream(resolver, queries.ports.clone(), &mut |n| rng.next_u32() % n)?.into(), None)
+        };
         let id = StreamId(self.next);
         self.next += 1;
         let stream = self.streams.entry(id).or_insert(Stream {
             client,
             upstream,
+            sealed,
             queries: VecDeque::new(),
             partial: Vec::new(),
             answers: VecDeque::new(),
@@ -169,7 +218,7 @@ impl Streams {
     pub(super) fn pump(&mut self, id: StreamId, mut message: impl FnMut(Vec<u8>) -> bool) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         if stream.pump(&mut message).is_err() || stream.is_over() {
-            self.streams.remove(&id);
+            self.close(id);
         }
     }
 
@@ -182,13 +231,18 @@ impl Streams {
             stream.answers.extend(message);
         }
         if stream.flush().is_err() || stream.is_over() {
-            self.streams.remove(&id);
+            self.close(id);
         }
     }
 
     /// Closes a connection: the application asks again at once instead of waiting.
     pub(super) fn close(&mut self, id: StreamId) {
-        self.streams.remove(&id);
+        self.closed.extend(self.streams.remove(&id).and_then(|stream| stream.sealed));
+    }
+
+    /// The next socket whose packets are not to be sealed any more.
+    pub(super) fn poll_closed(&mut self) -> Option<Tuple> {
+        self.closed.pop()
     }
 
     pub(super) fn contains(&self, id: StreamId) -> bool {
@@ -197,7 +251,12 @@ impl Streams {
 
     /// Closes connections that were idle too long.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
-        self.streams.retain(|_, stream| stream.idle_at > now);
+        let closed = &mut self.closed;
+        self.streams.retain(|_, stream| {
+            let stays = stream.idle_at > now;
+            closed.extend(stream.sealed.filter(|_| !stays));
+            stays
+        });
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
@@ -259,6 +318,11 @@ impl Stream {
     fn is_over(&self) -> bool {
         self.upstream_done && self.held == 0 && self.answers.is_empty()
     }
+}
+
+fn tuple_of(protocol: u8, local: SocketAddr, resolver: SocketAddr) -> Tuple {
+    let (local, remote) = ((local.ip(), local.port()), (resolver.ip(), resolver.port()));
+    Tuple { protocol, local, remote }
 }
 
 /// Takes the first whole message out of a stream of them.

@@ -34,15 +34,16 @@ pub(super) use launcher::Session;
 use sources::{Source, Sources};
 
 use super::applier::{Applied, Applier, Checked, Done};
-use super::control::FromAgent;
+use super::control::{ASKED_MAX, FromAgent};
 use super::dns::{Answer, Queries, Streams, listener};
+use super::guard::Asks;
 use super::neighbour::ArpResponder;
 use super::raw_socket::RawInjector;
 use super::spin::Spin;
 use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
-use super::watch::{TamperCounts, Watch};
+use super::watch::{TamperCounts, Tampering, Watch};
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now, Origin};
 
@@ -56,6 +57,8 @@ const LOAD: usize = 16 << 10;
 const ACCEPTED: usize = 8;
 /// How often an agent without a launcher looks whether its namespace is still there.
 const PRESENCE_CHECK: Duration = Duration::from_millis(500);
+/// Between two requests to guard the devices of the pod.
+const HOOKS_AGAIN: Duration = Duration::from_secs(1);
 /// Events per wait.
 const EVENTS: usize = 32;
 /// For sockets that are read and written until nothing moves.
@@ -71,6 +74,9 @@ pub(super) struct Kernel {
     pub(super) raw: Option<RawInjector>,
     pub(super) applier: Applier,
     pub(super) watch: Watch,
+    pub(super) asks: Option<Asks>,
+    /// Addresses that sockets of the pod named at the start.
+    pub(super) spoken_to: Vec<IpAddr>,
     pub(super) helper: Option<(OwnedFd, Vec<OwnedFd>)>,
     pub(super) arp: Option<ArpResponder>,
     pub(super) queries: Queries,
@@ -102,8 +108,20 @@ pub(super) struct Driver {
     hand_over_by: Option<Instant>,
     /// None after `tenc0` was lost, until there is a new one.
     tun_token: Option<u64>,
+    /// A whole directory whose place the launcher waits for.
+    confirming: Option<u64>,
+    /// Addresses that sockets of the pod named at the start, and that the launcher is still to be asked about.
+    spoken_to: Vec<IpAddr>,
+    /// Former addresses whose time was over, as far as that was told.
+    retired: u64,
     /// A check was ordered and is not done.
     checking: bool,
+    /// When the launcher was last asked to guard devices that came.
+    hooks_asked_at: Option<Instant>,
+    /// The launcher loads the guard: until then its rules may be others than were known.
+    guard_loading_until: Option<Instant>,
+    /// A look at the addresses that the guard met was ordered and is not done.
+    reading_asked: bool,
     tampering: TamperCounts,
     /// Bytes read in this turn.
     moved: usize,
@@ -129,6 +147,7 @@ impl Driver {
     /// # Errors
     /// epoll(7) is not to be had.
     pub(super) fn new(engine: Engine, mut kernel: Kernel, session: Session) -> anyhow::Result<Self> {
+        let spoken_to = std::mem::take(&mut kernel.spoken_to);
         let mut listeners = Vec::new();
         if let Some((_, fds)) = &mut kernel.helper {
             for fd in fds.drain(..) {
@@ -151,7 +170,13 @@ impl Driver {
             look_at: None,
             hand_over_by: None,
             tun_token: None,
+            confirming: None,
+            spoken_to,
+            retired: 0,
+            hooks_asked_at: None,
+            guard_loading_until: None,
             checking: false,
+            reading_asked: false,
             tampering: TamperCounts::default(),
             moved: 0,
         };
@@ -167,6 +192,9 @@ impl Driver {
         self.sources.add(Source::Applier, self.kernel.applier.as_fd(), EpollFlags::EPOLLIN)?;
         if let Some(arp) = &self.kernel.arp {
             self.sources.add(Source::Arp, arp.as_fd(), EpollFlags::EPOLLIN)?;
+        }
+        if let Some(asks) = &self.kernel.asks {
+            self.sources.add(Source::Asks, asks.as_fd(), EpollFlags::EPOLLIN)?;
         }
         for fd in self.kernel.watch.descriptors() {
             self.sources.add(Source::Watch, fd, EpollFlags::EPOLLIN)?;
@@ -186,7 +214,15 @@ impl Driver {
             self.sources.add(source, fd, EpollFlags::EPOLLIN).context("watch the packets' descriptors")?;
         }
         self.reading = true;
+        self.listen_for_asks();
         Ok(())
+    }
+
+    /// Hears of unknown addresses from here on. Tried again with every check.
+    fn listen_for_asks(&mut self) {
+        if let Some(Err(error)) = self.kernel.asks.as_mut().map(Asks::listen) {
+            warn!(%error, "cannot hear of addresses that the guard drops: they are not asked about");
+        }
     }
 
     /// Runs until the launcher says stop.
@@ -220,9 +256,12 @@ impl Driver {
             {
                 self.checking = true;
                 self.kernel.applier.check();
+                self.listen_for_asks();
             }
+            self.ask_about_sockets(now);
             self.drain()?;
             self.report_ready()?;
+            self.report_committed();
             if let Some(end) = self.end_if_due(now.instant) {
                 return self.finish(end, now);
             }
@@ -299,8 +338,9 @@ impl Driver {
         match source {
             Source::Tun => self.read_tun(now),
             Source::Watch => self.kernel.watch.drain(now.instant),
+            Source::Asks => self.hear_asks(),
             Source::Socket(index) => self.read_socket(index, now)?,
-            Source::Launchers => self.accept_launcher(token)?,
+            Source::Launchers => self.accept_launcher(token, now)?,
             // One commit after the other.
             Source::Channel if self.engine.is_committing() => {}
             Source::Channel => return self.read_channel(token, now),
@@ -404,7 +444,7 @@ impl Driver {
     fn accept(&mut self, index: usize) {
         for _ in 0..ACCEPTED {
             let Ok((client, _)) = self.listeners[index].accept() else { return };
-            match self.streams.accept(client, &mut self.kernel.queries) {
+            match self.streams.accept(client, &mut self.kernel.queries, &mut self.engine) {
                 Ok((stream, fds)) => {
                     for fd in fds {
                         if let Err(error) = self.sources.add(Source::Stream(stream), fd, EDGES) {
@@ -447,7 +487,39 @@ impl Driver {
         if let Some(token) = self.query_tokens.remove(&query) {
             self.sources.remove(token);
         }
-        self.kernel.queries.close(query);
+        if let Some(socket) = self.kernel.queries.close(query) {
+            self.engine.close_upstream(&socket);
+        }
+    }
+
+    /// Asks about what the pod's programs speak to already, as many addresses at a time as the launcher is asked: they lose
+    /// nothing when the guard opens.
+    fn ask_about_sockets(&mut self, now: Now) {
+        if !self.spoken_to.is_empty() && !self.engine.has_asks() {
+            let rest = self.spoken_to.split_off(self.spoken_to.len().min(ASKED_MAX));
+            let asked = std::mem::replace(&mut self.spoken_to, rest);
+            self.engine.handle_asked(&asked, now);
+        }
+    }
+
+    /// Without ranges an address whose time is over is the platform's again: said once each time.
+    fn tell_retired(&mut self) {
+        let retired = self.engine.retired();
+        if retired > self.retired && self.session.learned {
+            warn!(
+                addresses = retired - self.retired,
+                "former addresses of the project are spoken to in clear again"
+            );
+        }
+        self.retired = retired;
+    }
+
+    /// The guard met addresses that nobody named: they are read, once for all events that have come.
+    fn hear_asks(&mut self) {
+        let heard = self.kernel.asks.as_ref().is_some_and(Asks::drain);
+        if heard && !std::mem::replace(&mut self.reading_asked, true) {
+            self.kernel.applier.read_asked();
+        }
     }
 
     fn read_applied(&mut self, now: Now) -> Option<End> {
@@ -462,6 +534,11 @@ impl Driver {
                     self.handle_checked(checked, now);
                     continue;
                 }
+                Done::Asked(addresses) => {
+                    self.reading_asked = false;
+                    self.engine.handle_asked(&addresses, now);
+                    continue;
+                }
             };
             let ok = applied.outcome.is_ok();
             self.engine.count_destroyed(applied.ended.preexisting, applied.ended.gone);
@@ -473,13 +550,21 @@ impl Driver {
                 }
                 warn!(error = format!("{error:#}"), "route change refused, trying again");
             }
+            self.engine.handle_named(&applied.named, now);
             self.engine.handle_applied(applied.id, ok, now);
+            self.tell_retired();
         }
         None
     }
 
-    fn handle_checked(&mut self, checked: Checked, now: Now) {
+    fn handle_checked(&mut self, mut checked: Checked, now: Now) {
         self.checking = false;
+        if checked.filled.is_some() {
+            self.guard_loading_until = None;
+        } else if self.guard_loading_until.is_some_and(|until| now.instant < until) {
+            checked.standing.retain(|kind| !kind.needs_reload());
+        }
+        self.kernel.watch.note_cost(checked.cost, now.instant);
         if let Some(mtu) = checked.link_mtu {
             self.engine.set_link_mtu(mtu);
         }
@@ -494,11 +579,27 @@ impl Driver {
             }
         }
         // Asked for at every check until it helps. The checks keep the pace: a load makes the next one due.
-        if !checked.after_load && checked.standing.iter().any(|kind| kind.needs_reload()) {
-            self.session.tell(&FromAgent::GuardLost, &[]);
+        match checked.filled {
+            Some((skeleton, filled)) => {
+                let generation = self.generation.unwrap_or(0);
+                self.session.tell(&FromAgent::GuardFilled { generation, skeleton, filled }, &[]);
+            }
+            None if checked.standing.iter().any(|kind| kind.needs_reload()) => {
+                self.session.tell(&FromAgent::GuardLost, &[]);
+            }
+            None if checked.standing.contains(&Tampering::GuardDevice) => self.ask_for_hooks(now.instant),
+            None => {}
         }
         if let Some(tun) = checked.new_tun {
             self.replace_tun(tun, now.instant);
+        }
+    }
+
+    /// Not with every check: the pod may have more devices than the guard takes.
+    fn ask_for_hooks(&mut self, now: Instant) {
+        if self.hooks_asked_at.is_none_or(|at| at + HOOKS_AGAIN <= now) {
+            self.hooks_asked_at = Some(now);
+            self.session.tell(&FromAgent::GuardDevice, &[]);
         }
     }
 

@@ -121,18 +121,20 @@ impl Flows {
         Ok(())
     }
 
-    /// After the changes of a batch: notes them, and ends what is older than the protection of its address.
-    pub(super) fn conclude(&mut self, batch: &Batch) {
+    /// After the changes of a batch: notes them, and ends what is older than the protection of its address. `named`: addresses
+    /// that were to be retired and stayed.
+    pub(super) fn conclude(&mut self, batch: &Batch, named: &[IpAddr]) {
         let mut fresh = BTreeSet::new();
         for change in &batch.changes {
             match *change {
-                RouteChange::Protect(address) => {
-                    if self.captured.insert(address, true) != Some(true) {
-                        fresh.insert(address);
-                    }
+                RouteChange::Protect(address) if self.captured.insert(address, true) != Some(true) => {
+                    fresh.insert(address);
                 }
                 RouteChange::Pass(address) => _ = self.captured.insert(address, false),
                 RouteChange::Release(address) => _ = self.captured.remove(&address),
+                RouteChange::Retire(address) if !named.contains(&address) => {
+                    _ = self.captured.remove(&address)
+                }
                 _ => {}
             }
         }
@@ -152,6 +154,22 @@ impl Flows {
                 self.ended.preexisting += 1;
             }
         }
+    }
+
+    /// Splits addresses into those that a socket of the pod names and those that none does.
+    pub(super) fn split_named(&mut self, addresses: Vec<IpAddr>) -> (Vec<IpAddr>, Vec<IpAddr>) {
+        // A list that cannot be had names every address.
+        let Some(sockets) = self.list() else { return (addresses, Vec::new()) };
+        // Those that only wait for stray segments would answer one.
+        let named: BTreeSet<_> = sockets.iter().map(|socket| socket.tuple.remote.0).collect();
+        addresses.into_iter().partition(|address| named.contains(address))
+    }
+
+    /// Addresses that sockets of the pod name.
+    pub(super) fn spoken_to(&mut self) -> Vec<IpAddr> {
+        let sockets = self.list().unwrap_or_default();
+        let remote = sockets.iter().filter(|socket| socket.is_live()).map(|socket| socket.tuple.remote.0);
+        remote.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// What ended since it was asked last.

@@ -18,6 +18,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,7 +54,7 @@ use applier::{Applier, Facts};
 use control::{AgentChannel, Executable, FromAgent, Init, Inject, Received, ToAgent};
 use dns::Queries;
 use driver::{Driver, End, Kernel, Session};
-use guard::Guard;
+use guard::{Asks, Guard, Kind};
 use neighbour::ArpResponder;
 use netlink::{Capture, Netlink};
 use presence::Presence;
@@ -64,9 +65,11 @@ use tun::Tun;
 use udp::TunnelSocket;
 use watch::Watch;
 
+use crate::proto::ladder::Mode;
 use crate::proto::mtu::tun_mtu;
 use crate::proto::noise::{Identity, Options, StaticSecret};
 use crate::proto::{Config, Engine};
+use crate::sys::memory;
 
 /// How an agent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,7 +149,10 @@ pub fn run(listener: OwnedFd) -> anyhow::Result<ExitKind> {
         fingerprint: init.fingerprint(),
         executable: executable()?,
         parked: init.parked,
+        learned: init.ranges.is_empty(),
     };
+    // Its copies of the keys are erased; the engine's are locked into memory.
+    drop(init);
     let mut driver = Driver::new(engine, kernel, session)?;
     match driver.run()? {
         End::Stop => {
@@ -183,7 +189,15 @@ pub fn run(listener: OwnedFd) -> anyhow::Result<ExitKind> {
 /// # Errors
 /// /proc is not there.
 pub fn executable() -> anyhow::Result<Executable> {
-    let found = std::fs::metadata("/proc/self/exe").context("cannot look at our own program")?;
+    executable_of(Path::new("/proc/self/exe"))
+}
+
+/// What an agent that runs the program at `path` says of it.
+///
+/// # Errors
+/// It is not there.
+pub fn executable_of(path: &Path) -> anyhow::Result<Executable> {
+    let found = std::fs::metadata(path).context("cannot look at our own program")?;
     let changed = found.mtime().cast_unsigned().wrapping_mul(1_000_000_000);
     Ok([found.dev(), found.ino(), found.size(), changed.wrapping_add(found.mtime_nsec().cast_unsigned())])
 }
@@ -200,7 +214,8 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
     let own: Vec<IpAddr> = init.addresses.iter().map(|own| own.address).collect();
     let dns_ports = init.dns_ports.0..=init.dns_ports.1;
     let mut netlink = Netlink::open()?;
-    let guard = Guard::open(init.skeleton)?;
+    let mut guard = Guard::open(init.skeleton)?;
+    let asks = open_asks(init);
     let sockets = sockets(&own, init.port, carried.sockets)?;
     let mut held = Vec::new();
     if init.hold_dns_ports {
@@ -209,6 +224,8 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         }
     }
     let stale = netlink.protected()?;
+    let peers: Vec<IpAddr> = guard.list(Kind::Peers)?.into_iter().collect();
+    let released: Vec<IpAddr> = guard.list(Kind::Released)?.into_iter().collect();
     let arp = arp_responder(&mut netlink, &own);
     // A descriptor whose device was deleted while nobody read leads nowhere.
     let inherited = carried.tun.and_then(|fd| Tun::inherit(fd).ok());
@@ -239,7 +256,13 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         &state_facts(&own, &sockets)?,
         balance_seed,
     );
-    let facts = Facts { capture, link_mtu: init.link_mtu, tun: Arc::clone(&tun), stale: stale.clone() };
+    let facts = Facts {
+        capture,
+        link_mtu: init.link_mtu,
+        tun: Arc::clone(&tun),
+        stale: stale.clone(),
+        peers: peers.clone(),
+    };
     let mut engine = Engine::new(Config {
         identities: identities(init),
         port: init.port,
@@ -252,25 +275,47 @@ fn bring_up(init: &Init, carried: Carried, made: &mut bool) -> anyhow::Result<(E
         coalesce: raw.is_none() && tun.offloads() != 0,
         coalesce_udp: tun.offloads() & libc::TUN_F_USO4 != 0,
         mode: init.mode,
+        ranges: init.ranges.clone(),
         dns_gate: crate::fault::dns_gate(),
     });
-    engine.adopt(&stale, driver::clocks());
+    engine.static_secrets().for_each(memory::lock_in_place);
+    let now = driver::clocks();
+    engine.adopt(&stale, now);
+    engine.adopt_peers(&peers, now);
+    engine.adopt_released(&released, now);
     if !init.parked {
-        engine.restore(&restored, driver::clocks());
+        engine.restore(&restored, now);
     }
+    engine.handle_launcher(true, now);
+    let (applier, spoken_to) = Applier::start(guard, netlink, facts, init.mode)?;
     let kernel = Kernel {
         state,
         tun,
         sockets,
         raw,
-        applier: Applier::start(guard, netlink, facts, init.mode)?,
+        applier,
         watch,
+        asks,
+        spoken_to,
         helper: carried.helper.map(|tun| (tun, carried.listeners)),
         arp,
         queries: Queries::new(dns_ports, held, rng),
         spin: Spin::new(Duration::from_micros(init.spin_us.into())),
     };
     Ok((engine, kernel))
+}
+
+/// Hears of unknown addresses, where there are ranges for them to lie in. Without it they stay closed until a program asks
+/// DNS for them.
+fn open_asks(init: &Init) -> Option<Asks> {
+    if init.ranges.is_empty() || init.mode != Mode::Strict {
+        return None;
+    }
+    Asks::open()
+        .inspect_err(
+            |error| warn!(%error, "cannot hear of addresses that the guard drops: they are not asked about"),
+        )
+        .ok()
 }
 
 /// What tells this boot, this namespace and this workload from others.

@@ -4,6 +4,7 @@
 //!   ours, and the source of what we send needs no route look-up. It sends trains of equal datagrams with UDP_SEGMENT and
 //!   receives them with UDP_GRO.
 //! - [`dns_socket`] and [`dns_stream`] draw a random port of LO-HI, which routing rule 98 and the guard know them by.
+//! - [`plain_socket`] has neither mark nor such a port: what it sends to a resolver of the project is captured and sealed.
 //!
 //! Source: udp(7), ip(7), socket(7).
 
@@ -252,6 +253,22 @@ pub fn dns_stream(
         }
     }
     Err(Error::NoPort { resolver, lo: *ports.start(), hi: *ports.end() })
+}
+
+/// Opens a non-blocking socket like any of the pod's, not marked and from a port that the kernel chooses, and connects it to
+/// `resolver`; a TCP connection (`Type::STREAM`) is only begun. Its packets go into `tenc0`, as an application's do.
+///
+/// # Errors
+/// See [`Error`].
+pub fn plain_socket(resolver: SocketAddr, kind: Type) -> Result<OwnedFd, Error> {
+    let fail = |operation| move |source| Error::Socket { operation, address: resolver, source };
+    let socket = Socket::new(Domain::for_address(resolver), kind, None).map_err(fail("make"))?;
+    socket.set_nonblocking(true).map_err(fail("unblock"))?;
+    match socket.connect(&resolver.into()) {
+        Ok(()) => Ok(socket.into()),
+        Err(error) if errno(&error) == Errno::EINPROGRESS => Ok(socket.into()),
+        Err(error) => Err(fail("connect")(error)),
+    }
 }
 
 fn bound_in_range(

@@ -2,7 +2,8 @@
 //!
 //! 1. two netlink sockets hear of every change of links, addresses, routes, rules and nft tables
 //! 2. changes of our own are left out where the kernel says who asked; the others make a check due, soon but not often
-//! 3. the driver orders the check; `agent::applier` compares, repairs, and says which [`Tampering`] it found
+//! 3. the driver orders the check; `agent::applier` compares, repairs, and says which [`Tampering`] it found and how much
+//!    work that was: the next check waits so long that checks take a tenth of a core at most
 //!
 //! Nothing is learned from an event but that there was one: the check reads the kernel's real state, so a lost event
 //! (ENOBUFS) is an event like another, and a periodic check finds what none told.
@@ -21,7 +22,9 @@ use netlink_sys::{Socket, SocketAddr};
 const SETTLE: Duration = Duration::from_millis(10);
 /// Least time between two checks, whatever is heard.
 const BETWEEN: Duration = Duration::from_millis(100);
-/// Most time between two checks.
+/// A check that took so much of a core's time is followed by a pause of so many times as much.
+const PAUSE: u32 = 10;
+/// Most time between two checks, but for that pause.
 const PERIOD: Duration = Duration::from_secs(10);
 /// An agent that is awake does the next check so much early: at rest the launcher's heartbeat wakes it for both.
 const EARLY: Duration = Duration::from_millis(1_500);
@@ -75,6 +78,8 @@ pub enum Tampering {
     GuardTable,
     /// The rules of the guard are not those that the launcher loaded.
     GuardRules,
+    /// A device came at whose egress there is no guard yet.
+    GuardDevice,
     /// A chain in the guard's tables that is none of ours; it stays.
     GuardForeign,
     /// The sets of the guard do not hold what is protected.
@@ -116,6 +121,7 @@ impl Tampering {
             Self::TwinMissing => "twin_missing",
             Self::GuardTable => "guard_table",
             Self::GuardRules => "guard_rules",
+            Self::GuardDevice => "guard_device",
             Self::GuardForeign => "guard_foreign",
             Self::GuardElement => "guard_element",
             Self::RouteBypassed => "route_bypassed",
@@ -196,7 +202,7 @@ impl Watch {
             routes: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
             nftables: listen(NETLINK_NETFILTER, &NFTABLES_GROUPS)?,
             own_ports,
-            schedule: Schedule { last: now, due: now + PERIOD },
+            schedule: Schedule::new(now),
         })
     }
 
@@ -225,9 +231,14 @@ impl Watch {
         self.schedule.note(now);
     }
 
+    /// A check was done, and took so much of a core's time.
+    pub(super) fn note_cost(&mut self, cost: Duration, now: Instant) {
+        self.schedule.note_cost(cost, now);
+    }
+
     /// When the next check is due.
     pub(super) fn poll_timeout(&self) -> Instant {
-        self.schedule.due
+        self.schedule.poll_timeout()
     }
 
     /// Whether a check is due; it is then taken to be ordered.
@@ -241,16 +252,30 @@ impl Watch {
 struct Schedule {
     last: Instant,
     due: Instant,
+    /// The pause after the checks that were done.
+    rest_until: Instant,
 }
 
 impl Schedule {
+    fn new(now: Instant) -> Self {
+        Self { last: now, due: now + PERIOD, rest_until: now }
+    }
+
     fn note(&mut self, now: Instant) {
         self.due = self.due.min((now + SETTLE).max(self.last + BETWEEN));
     }
 
+    fn note_cost(&mut self, cost: Duration, now: Instant) {
+        self.rest_until = self.rest_until.max(now) + cost * PAUSE;
+    }
+
+    fn poll_timeout(&self) -> Instant {
+        self.due.max(self.rest_until)
+    }
+
     fn take(&mut self, now: Instant) -> bool {
         let early = if self.due == self.last + PERIOD { EARLY } else { Duration::ZERO };
-        if now + early < self.due {
+        if now + early < self.due || now < self.rest_until {
             return false;
         }
         (self.last, self.due) = (now, now + PERIOD);
@@ -299,7 +324,7 @@ mod tests {
     fn a_check_comes_soon_after_an_event_and_a_flood_of_events_makes_one_per_100_ms() {
         let start = Instant::now();
         let ms = Duration::from_millis;
-        let mut schedule = Schedule { last: start, due: start + PERIOD };
+        let mut schedule = Schedule::new(start);
         let mut checks = Vec::new();
         for t in 1_000..2_000 {
             let now = start + ms(t);
@@ -315,10 +340,46 @@ mod tests {
     #[test]
     fn without_any_event_a_check_comes_every_five_seconds() {
         let start = Instant::now();
-        let mut schedule = Schedule { last: start, due: start + PERIOD };
+        let mut schedule = Schedule::new(start);
         assert!(!schedule.take(start + PERIOD - EARLY - SETTLE));
         assert!(schedule.take(start + PERIOD - EARLY));
         assert!(!schedule.take(start + PERIOD + BETWEEN));
+    }
+
+    #[test]
+    fn promise_10_checks_take_a_tenth_of_a_core_at_most_however_much_there_is_to_look_at() {
+        let (start, ms) = (Instant::now(), Duration::from_millis);
+        let cost = ms(300);
+        let mut schedule = Schedule::new(start);
+        let (mut now, mut checks) = (start, Vec::new());
+        while now < start + ms(60_000) {
+            schedule.note(now);
+            if schedule.take(now) {
+                checks.push(now);
+                now += cost;
+                schedule.note_cost(cost, now);
+                // The launcher loads the guard, and that is checked, too, now and then.
+                if checks.len().is_multiple_of(4) {
+                    now += cost;
+                    schedule.note_cost(cost, now);
+                }
+            }
+            now += ms(1);
+        }
+        let pauses: Vec<_> = checks.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(pauses.iter().all(|pause| *pause >= cost * 11), "{pauses:?}");
+        assert!(checks.len() >= 12, "{checks:?}");
+    }
+
+    #[test]
+    fn a_check_that_took_long_puts_off_the_periodic_one_too_and_the_wait_ends_when_it_is_due() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
+        schedule.note_cost(PERIOD, start);
+        assert!(!schedule.take(start + PERIOD));
+        assert_eq!(schedule.poll_timeout(), start + PERIOD * PAUSE);
+        assert!(schedule.take(schedule.poll_timeout()));
+        assert_eq!(schedule.poll_timeout(), start + PERIOD * (PAUSE + 1));
     }
 
     #[test]

@@ -1,25 +1,25 @@
 //! `--guard-first`: the pod is closed before its first instruction, and opened when it is protected.
 //!
-//! 1. [`Closed::close`] loads the guard with its gate closed: nothing leaves the pod, whatever is known of the project. Where
-//!    an agent of an earlier launcher lives, the pod is protected already and stays open
+//! 1. [`Closed::close`] loads the guard closed: nothing leaves the pod, whatever is known of the project. A guard that an
+//!    earlier launcher opened, and whose agent lives, stays open: the pod is protected
 //! 2. `guarded …` on standard output: the application may be started
 //! 3. [`Closed::wait`]: the pod's device, the directory and its Pod may all still be missing; they are waited for, closed
-//! 4. the launch goes on as ever; the gate is opened after the agent is ready, in place
+//! 4. the launch continues as without the flag; the guard is opened when the agent is ready
 //!
-//! What fails from here on leaves the pod closed. SIGTERM opens it: that is an order.
+//! If a later step fails the pod stays closed. SIGTERM removes the guard, because the operator asked for it.
 
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::guard::{self, Gate, Skeleton};
+use super::guard::{Door, OrderedStop, Skeleton};
 use super::plan::Plan;
-use super::pod::network::PodNetwork;
+use super::pod::surroundings::Surroundings;
 use super::pod::{PodError, PodNetns, Target};
-use super::process::{Agent, Stop};
+use super::process::{Agent, Stop, end_stray_agents};
 use super::runtime::Runtime;
 use super::{Failure, Signals, clear, take_runtime};
 use crate::cli;
@@ -30,10 +30,8 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A pod that says nothing until it is protected.
 pub(super) struct Closed {
     netns: PodNetns,
-    netns_fd: OwnedFd,
     pub(super) runtime: Runtime,
-    /// An agent lives: nothing was closed.
-    protected: bool,
+    pub(super) door: Door,
 }
 
 impl Closed {
@@ -46,22 +44,15 @@ impl Closed {
         let netns = PodNetns::open(target).map_err(Failure::coded(PodError::exit_code))?;
         let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
         let runtime = take_runtime(&netns)?;
-        let protected = runtime.connect().map_err(Failure::kernel)?.is_some();
+        let mut door = Door::at(netns_fd).map_err(Failure::kernel)?;
+        let protected = door.is_open() && runtime.connect().map_err(Failure::kernel)?.is_some();
         if !protected {
-            // Without a device the hooks of the stack are all there is to close.
-            let network = PodNetwork::inspect(&netns, arguments.port).ok();
-            let device = network.and_then(|network| network.interface.as_str().try_into().ok());
-            let skeleton = Skeleton {
-                mode: arguments.mode.into(),
-                gate: Gate::Closed,
-                device,
-                tunnel_port: arguments.port,
-                resolvers: Vec::new(),
-                dns_ports: 1..=1,
-            };
-            guard::load(&netns_fd, &skeleton).map_err(Failure::kernel)?;
+            // Without devices the hooks of the stack are all there is to close.
+            let devices = Surroundings::inspect(&netns).unwrap_or_default().names();
+            let mut skeleton = Skeleton::closed(arguments.mode.into(), arguments.port, devices);
+            door.close_first(&mut skeleton).map_err(Failure::kernel)?;
         }
-        let closed = Self { netns, netns_fd, runtime, protected };
+        let closed = Self { netns, runtime, door };
         let mut stdout = io::stdout();
         let line = format!("guarded {}\n", closed.netns.name());
         if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
@@ -76,7 +67,7 @@ impl Closed {
     /// # Errors
     /// Not everything could be removed.
     pub(super) async fn wait(
-        &self,
+        &mut self,
         arguments: &cli::Launch,
         signals: &mut Signals,
     ) -> Result<Option<Plan>, Failure> {
@@ -85,12 +76,7 @@ impl Closed {
             match Plan::make(arguments) {
                 // The name may be another namespace's by now.
                 Ok(plan) if plan.netns.identity() != self.netns.identity() => {}
-                Ok(mut plan) => {
-                    if self.protected {
-                        plan.skeleton.gate = Gate::Open;
-                    }
-                    return Ok(Some(plan));
-                }
+                Ok(plan) => return Ok(Some(plan)),
                 Err(failure) => {
                     let reason = format!("{:#}", failure.error);
                     if reason != said {
@@ -118,14 +104,27 @@ impl Closed {
     }
 
     /// Removes everything, first the agent of an earlier launcher.
-    async fn open(&self) -> Result<(), Failure> {
-        let mut stopped = Stop::Unclean;
-        if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)?
-            && let Some((agent, _)) =
-                Agent::adopt(channel, self.netns.identity()).await.map_err(Failure::kernel)?
-        {
-            stopped = agent.stop().await.map_err(Failure::kernel)?;
-        }
-        clear(&self.netns, &self.netns_fd, &self.runtime, stopped)
+    async fn open(&mut self) -> Result<(), Failure> {
+        clear_pod(&self.netns, &self.runtime, &mut self.door, &OrderedStop::by_the_operator()).await
     }
+}
+
+/// Removes the agent of an earlier launcher, what agents left, and the guard.
+///
+/// # Errors
+/// Not everything could be removed.
+pub(super) async fn clear_pod(
+    netns: &PodNetns,
+    runtime: &Runtime,
+    door: &mut Door,
+    order: &OrderedStop,
+) -> Result<(), Failure> {
+    let mut stopped = Stop::Unclean;
+    if let Some(channel) = runtime.connect().map_err(Failure::kernel)?
+        && let Some((agent, _)) = Agent::adopt(channel, netns.identity()).await.map_err(Failure::kernel)?
+    {
+        stopped = agent.stop().await.map_err(Failure::kernel)?;
+    }
+    end_stray_agents(netns.identity(), None).await.map_err(Failure::kernel)?;
+    clear(netns, runtime, stopped, door, order)
 }

@@ -7,8 +7,8 @@
 //! Rotation: the new key becomes `accept` on every node, then `use` with the old one as `accept`, then the old one goes.
 //! Whoever initiates does so with the key in use alone; whoever answers knows both, each with its own keys of every peer.
 //!
-//! The project key itself never leaves the launcher. Everything here is zeroised when dropped; nothing of it has
-//! a `Debug` that shows bytes. May touch: the key file and `/dev/random`.
+//! The project key itself never leaves the launcher, and lies on a page that is never swapped. Everything here is zeroised
+//! when dropped; nothing of it has a `Debug` that shows bytes. May touch: the key file and `/dev/random`.
 //!
 //! Derivation: HKDF-SHA256 (RFC 5869), empty salt, 32 bytes out, and
 //! `info = LABEL 00 suite 00 key domain 00 address...`, where an address is its family byte (4 or 6) and its bytes.
@@ -30,6 +30,7 @@ use zeroize::Zeroizing;
 
 use crate::proto::directory::Workload;
 use crate::proto::noise::{PeerKeys, PresharedKey, StaticSecret, Suite};
+use crate::sys::memory::SecretPage;
 
 /// Length of a project key and of every key derived from it, in bytes.
 const KEY_LEN: usize = 32;
@@ -99,6 +100,9 @@ pub enum KeyError {
     /// The kernel gave no randomness.
     #[error("cannot read random bytes from /dev/random")]
     Random(#[source] io::Error),
+    /// The kernel gave no page.
+    #[error("no memory for the project key")]
+    Memory(#[source] io::Error),
 }
 
 impl KeyError {
@@ -107,20 +111,21 @@ impl KeyError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
-            Self::Random(_) => 3,
+            Self::Random(_) | Self::Memory(_) => 3,
             _ => 2,
         }
     }
 }
 
 /// The bytes of a project key.
-type Key = Zeroizing<[u8; KEY_LEN]>;
+type Key = [u8; KEY_LEN];
 
 /// The key of one project, and the one that is accepted beside it during a rotation, bound to the project's name and
 /// cipher.
 pub struct ProjectKey {
-    used: Key,
-    accepted: Option<Key>,
+    /// The key in use, and the one that is accepted.
+    keys: SecretPage<{ 2 * KEY_LEN }>,
+    accepts: bool,
     project: String,
     suite: Suite,
 }
@@ -145,6 +150,7 @@ impl ProjectKey {
         Self::parse(&text, project, suite).map_err(|error| match error {
             Parse::Malformed(reason) => KeyError::Malformed { path: path.to_owned(), reason },
             Parse::ProjectName => KeyError::ProjectName { name: project.to_owned() },
+            Parse::Memory(source) => KeyError::Memory(source),
         })
     }
 
@@ -169,10 +175,24 @@ impl ProjectKey {
             }
         }
         let used = used.ok_or(Parse::Malformed("it holds no key to use: make one with `tencrypt keygen`"))?;
-        if accepted.as_ref().is_some_and(|key: &Key| key.ct_eq(&used[..]).into()) {
+        if accepted.as_ref().is_some_and(|key: &Zeroizing<Key>| key.ct_eq(&used[..]).into()) {
             return Err(Parse::Malformed("the key to accept is the one in use"));
         }
-        Ok(Self { used, accepted, project, suite })
+        let mut keys = SecretPage::new().map_err(Parse::Memory)?;
+        let (first, second) = keys.split_at_mut(KEY_LEN);
+        first.copy_from_slice(&used[..]);
+        if let Some(accepted) = &accepted {
+            second.copy_from_slice(&accepted[..]);
+        }
+        Ok(Self { keys, accepts: accepted.is_some(), project, suite })
+    }
+
+    fn used(&self) -> &[u8] {
+        &self.keys[..KEY_LEN]
+    }
+
+    fn accepted(&self) -> Option<&[u8]> {
+        self.accepts.then(|| &self.keys[KEY_LEN..])
     }
 
     /// The project, in lower case: the key domain.
@@ -184,16 +204,16 @@ impl ProjectKey {
     /// The private key of the workload at `address`, clamped.
     #[must_use]
     pub fn static_secret(&self, address: IpAddr) -> StaticSecret {
-        self.static_secret_of(&self.used, address)
+        self.static_secret_of(self.used(), address)
     }
 
     /// The one that it answers with, too, during a rotation.
     #[must_use]
     pub fn accepted_secret(&self, address: IpAddr) -> Option<StaticSecret> {
-        self.accepted.as_ref().map(|key| self.static_secret_of(key, address))
+        self.accepted().map(|key| self.static_secret_of(key, address))
     }
 
-    fn static_secret_of(&self, key: &Key, address: IpAddr) -> StaticSecret {
+    fn static_secret_of(&self, key: &[u8], address: IpAddr) -> StaticSecret {
         let mut secret = StaticSecret(self.derive(key, LABEL_STATIC, &[address]));
         secret.0[0] &= 0b1111_1000;
         secret.0[31] &= 0b0111_1111;
@@ -203,7 +223,7 @@ impl ProjectKey {
 
     /// What two workloads share: a peer's public key, and the key that only the two know. The order of the addresses does
     /// not matter to the latter.
-    fn peer_keys(&self, key: &Key, own: IpAddr, peer: IpAddr) -> PeerKeys {
+    fn peer_keys(&self, key: &[u8], own: IpAddr, peer: IpAddr) -> PeerKeys {
         // Ord of IpAddr is by family, then by bytes: the same order as that of the encodings.
         let psk = PresharedKey(self.derive(key, LABEL_PSK, &[own.min(peer), own.max(peer)]));
         PeerKeys { public: self.static_secret_of(key, peer).public(), psk }
@@ -213,10 +233,10 @@ impl ProjectKey {
     #[must_use]
     pub fn workload(&self, own: IpAddr, peer: IpAddr) -> Workload {
         let keys = |key| self.peer_keys(key, own, peer);
-        Workload { address: peer, keys: keys(&self.used), accept: self.accepted.as_ref().map(keys) }
+        Workload { address: peer, keys: keys(self.used()), accept: self.accepted().map(keys) }
     }
 
-    fn derive(&self, key: &Key, label: &str, addresses: &[IpAddr]) -> [u8; KEY_LEN] {
+    fn derive(&self, key: &[u8], label: &str, addresses: &[IpAddr]) -> [u8; KEY_LEN] {
         let mut info = Vec::with_capacity(160);
         for word in [label, self.suite.as_str(), &self.project] {
             info.extend_from_slice(word.as_bytes());
@@ -235,7 +255,7 @@ impl ProjectKey {
             }
         }
         let mut out = [0; KEY_LEN];
-        Hkdf::<Sha256>::new(None, &key[..])
+        Hkdf::<Sha256>::new(None, key)
             .expand(&info, &mut out)
             .expect("32 bytes are one block of HKDF-SHA256");
         out
@@ -270,6 +290,7 @@ pub fn is_label(name: &str) -> bool {
 enum Parse {
     Malformed(&'static str),
     ProjectName,
+    Memory(io::Error),
 }
 
 fn read_private_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {

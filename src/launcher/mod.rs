@@ -2,7 +2,7 @@
 //!
 //! `tencrypt launch`, in order:
 //!
-//! 1. privileges, then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
+//! 1. privileges: those that are not needed are given up (`privileges`); then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
 //! 2. the pod's runtime files (`runtime`): a second launcher is refused. With `--guard-first` both come after the pod was
 //!    closed (`gate`)
 //! 3. the guard's skeleton, then the agent (`supervisor`): the one that runs already, or a new one
@@ -10,16 +10,15 @@
 //! 5. changes of the directory go to the agent, an agent that ended is replaced, until a signal or the namespace's end
 //! 6. SIGTERM: the agent removes what it made, and the guard goes last (`take_down`); SIGQUIT: only the launcher ends
 //!
-//! A bring-up that fails is undone in reverse, unless the pod was closed before: then it stays so.
-//! While there is no agent the pod is closed: guard, routes and `tenc0` stay. May touch: what its modules may.
+//! A bring-up that fails is undone in reverse, and leaves the pod as closed as it was found (`guard::door`). While there is no
+//! agent the project is closed: guard, routes and `tenc0` stay. `tencrypt clear` removes them. May touch: what its modules may.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::pin::pin;
 
 use anyhow::{Context, anyhow};
-use rustix::thread::{CapabilitySet, capabilities};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{debug, info, warn};
 
@@ -31,17 +30,21 @@ pub mod dns_helper;
 mod gate;
 pub mod guard;
 pub mod keys;
+mod node;
 mod plan;
 pub mod pod;
+pub mod privileges;
 pub mod process;
+mod program;
+mod rate;
 pub mod runtime;
 pub mod status;
 mod supervisor;
 
 use gate::Closed;
-use guard::Gate;
+use guard::{Door, OrderedStop};
 use plan::Plan;
-use pod::{PodError, PodNetns};
+use pod::{PodError, PodNetns, Target};
 use process::Stop;
 use runtime::{RUN_DIR, Runtime, RuntimeError};
 use supervisor::{End, Supervisor};
@@ -87,27 +90,17 @@ impl Failure {
 /// # Errors
 /// Bring-up failed and was undone, the agent ended by itself, or the clean-up is not complete.
 pub fn launch(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Failure> {
-    check_privileges()?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")
-        .map_err(Failure::kernel)?;
-    runtime.block_on(protect(arguments, log_filter))
+    confined_runtime()?.block_on(protect(arguments, log_filter))
 }
 
-/// Without these nothing would work; said early and once.
-fn check_privileges() -> Result<(), Failure> {
-    let needed =
-        CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW | CapabilitySet::SYS_ADMIN | CapabilitySet::SETPCAP;
-    let effective =
-        capabilities(None).context("cannot read the capabilities").map_err(Failure::kernel)?.effective;
-    if effective.contains(needed) {
-        return Ok(());
-    }
-    Err(Failure::kernel(anyhow!(
-        "needs CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN and CAP_SETPCAP: run as root"
-    )))
+/// Gives up what a launcher does not need, and then starts its runtime.
+fn confined_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    program::remember();
+    // Before there is a second thread.
+    privileges::check()?;
+    privileges::confine()?;
+    let built = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    built.context("cannot start the runtime").map_err(Failure::kernel)
 }
 
 /// What a signal asks for.
@@ -159,23 +152,22 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     // From here on a signal is an orderly stop, also during bring-up.
     let mut signals = Signals::new().context("cannot handle signals").map_err(Failure::kernel)?;
     runtime::sweep(Path::new(RUN_DIR));
-    let (mut plan, runtime) = if arguments.guard_first {
-        let closed = Closed::close(arguments)?;
+    let (mut plan, runtime, door) = if arguments.guard_first {
+        let mut closed = Closed::close(arguments)?;
         match closed.wait(arguments, &mut signals).await? {
-            Some(plan) => (plan, closed.runtime),
+            Some(plan) => (plan, closed.runtime, closed.door),
             None => return Ok(Exit::Good),
         }
     } else {
         let plan = Plan::make(arguments)?;
         let runtime = take_runtime(&plan.netns)?;
-        (plan, runtime)
+        let netns_fd = plan.netns_fd.try_clone().context("descriptor").map_err(Failure::kernel)?;
+        let door = Door::at(netns_fd).map_err(Failure::kernel)?;
+        (plan, runtime, door)
     };
-    // A guard that is there already closes the pod since an earlier launcher died: a bring-up that fails must not open it.
-    // Looked at before the load: one that fails half way is removed too.
-    let found_guard = guard::is_loaded(&plan.netns_fd).map_err(Failure::kernel)?;
-    let mut supervisor = Supervisor::new(&mut plan, &runtime, log_filter);
+    let mut supervisor = Supervisor::new(&mut plan, &runtime, log_filter, door);
     let (up, stopped) = {
-        let mut up = pin!(bring_up(&mut supervisor));
+        let mut up = pin!(supervisor.start());
         tokio::select! {
             biased;
             // Not broken off: an agent that is being taken over or handed over would be lost, and live on. All of its steps
@@ -186,10 +178,10 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     };
     if stopped {
         info!("stopped before the pod was protected");
-        return take_down(supervisor, &runtime, true).await;
+        return take_down(supervisor, &runtime, Some(OrderedStop::by_the_operator())).await;
     }
     if let Err(failure) = up {
-        if let Err(left) = take_down(supervisor, &runtime, !found_guard).await {
+        if let Err(left) = take_down(supervisor, &runtime, None).await {
             warn!(
                 error = format!("{:#}", left.error),
                 "the pod stays closed: not everything could be removed"
@@ -199,7 +191,7 @@ async fn protect(arguments: &cli::Launch, log_filter: &str) -> Result<Exit, Fail
     }
     supervisor.plan.announce();
     match supervisor.run(&mut signals).await {
-        End::Ordered => take_down(supervisor, &runtime, true).await,
+        End::Ordered => take_down(supervisor, &runtime, Some(OrderedStop::by_the_operator())).await,
         End::Left => {
             info!(netns = supervisor.plan.netns.name(), "the launcher ends, the agent goes on");
             Ok(Exit::Good)
@@ -227,40 +219,65 @@ fn take_runtime(netns: &PodNetns) -> Result<Runtime, Failure> {
     })
 }
 
-/// Guard, then the agent; ends when the agent is ready. To be awaited to its end.
-async fn bring_up(supervisor: &mut Supervisor<'_>) -> Result<(), Failure> {
-    supervisor.start().await?;
-    if supervisor.plan.skeleton.gate == Gate::Closed {
-        supervisor.open_gate().map_err(Failure::kernel)?;
-    }
-    Ok(())
-}
-
-/// Removes everything in reverse; the guard last, and only if nothing else is left and it is ours to remove.
+/// Removes everything in reverse; the guard last, and only if nothing else is left. Without an order the guard is left as
+/// closed as it was found.
 async fn take_down(
     mut supervisor: Supervisor<'_>,
     runtime: &Runtime,
-    remove_guard: bool,
+    order: Option<OrderedStop>,
 ) -> Result<Exit, Failure> {
     let stopped = supervisor.stop().await.map_err(Failure::kernel)?;
-    let plan = supervisor.plan;
-    if remove_guard {
-        clear(&plan.netns, &plan.netns_fd, runtime, stopped)?;
+    let Supervisor { plan, mut door, .. } = supervisor;
+    match order {
+        Some(order) => clear(&plan.netns, runtime, stopped, &mut door, &order)?,
+        None => {
+            sweep(&plan.netns, stopped)?;
+            door.undo().map_err(Failure::kernel)?;
+        }
     }
     info!(netns = plan.netns.name(), "removed");
     Ok(Exit::Good)
 }
 
 /// What an agent that has ended left, then the guard, then the files.
-fn clear(netns: &PodNetns, netns_fd: &OwnedFd, runtime: &Runtime, stopped: Stop) -> Result<(), Failure> {
+fn clear(
+    netns: &PodNetns,
+    runtime: &Runtime,
+    stopped: Stop,
+    door: &mut Door,
+    order: &OrderedStop,
+) -> Result<(), Failure> {
+    sweep(netns, stopped)?;
+    report_guard(door.netns());
+    door.remove(order).map_err(Failure::kernel)?;
+    runtime.remove();
+    Ok(())
+}
+
+/// Removes what an agent that has ended left behind.
+fn sweep(netns: &PodNetns, stopped: Stop) -> Result<(), Failure> {
     if stopped == Stop::Unclean {
         let swept = netns.run(agent::remove_everything).unwrap_or_else(|error| Err(error.into()));
         swept.context("cannot remove what the agent left").map_err(Failure::kernel)?;
     }
-    report_guard(netns_fd);
-    guard::remove(netns_fd).map_err(Failure::kernel)?;
-    runtime.remove();
     Ok(())
+}
+
+/// Removes everything from one pod that no launcher holds.
+///
+/// # Errors
+/// There is no such pod, a launcher has it, or not everything could be removed.
+pub fn clear_by_order(arguments: &cli::Clear) -> Result<Exit, Failure> {
+    confined_runtime()?.block_on(async {
+        let target: Target = arguments.netns.parse().map_err(Failure::coded(PodError::exit_code))?;
+        let netns = PodNetns::open(target).map_err(Failure::coded(PodError::exit_code))?;
+        let files = take_runtime(&netns)?;
+        let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
+        let mut door = Door::at(netns_fd).map_err(Failure::kernel)?;
+        gate::clear_pod(&netns, &files, &mut door, &OrderedStop::by_the_operator()).await?;
+        info!(netns = netns.name(), "removed: the pod is not protected");
+        Ok(Exit::Good)
+    })
 }
 
 /// What the guard refused, or would have refused in strict mode, goes with its tables: it is said before.

@@ -19,14 +19,21 @@ use tracing::{debug, warn};
 
 use super::Failure;
 use super::directory::file::{FileSource, Manifests, SourceError};
-use super::guard::{Gate, Skeleton};
+use super::guard::{Facts, Skeleton};
 use super::keys::{KeyError, ProjectKey};
+use super::node::Node;
 use super::pod::network::{NetworkError, PodNetwork};
 use super::pod::resolv::{ResolvConf, ResolvError};
+use super::pod::surroundings::Surroundings;
 use super::pod::{self, PodError, PodNetns, Target};
 use crate::agent::control::{self, Carried, Init, OwnAddress, Place, Seed, ToAgent};
 use crate::cli;
 use crate::proto::directory::Change;
+use crate::proto::is_unicast;
+use crate::proto::ladder::Mode;
+use crate::proto::ranges::Ranges;
+use crate::proto::routing::Class;
+use crate::sys::memory;
 
 /// Everything that is known before anything is changed.
 pub(super) struct Plan {
@@ -41,6 +48,7 @@ pub(super) struct Plan {
     /// What an agent is told, but for what makes one agent different from the next.
     pub(super) init: Init,
     pub(super) source: FileSource,
+    pub(super) node: Node,
     generation: u64,
     arguments: cli::Launch,
 }
@@ -58,7 +66,12 @@ impl Plan {
         if !manifests.objects().names_project(&project) {
             return Err(Failure::usage(anyhow!(
                 "the directory {} names nothing of the project {project}: nothing would be protected",
-                arguments.directory.display()
+                arguments
+                    .directory
+                    .iter()
+                    .map(|dir| dir.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
             )));
         }
         let addresses = pod::own_addresses(manifests.objects(), &project, &network.addresses);
@@ -72,19 +85,22 @@ impl Plan {
         let (resolv, key) = read_files(arguments, &netns, &project)?;
         let resolvers = capturable(&resolv, &addresses);
         let init = init(arguments, &netns, &network, &addresses, resolv.zone, &resolvers, &key);
+        let surroundings = Surroundings::inspect(&netns).map_err(Failure::coded(NetworkError::exit_code))?;
         let skeleton = Skeleton {
-            mode: arguments.mode.into(),
-            gate: if arguments.guard_first { Gate::Closed } else { Gate::Open },
-            device: Some(network.interface.as_str().try_into().map_err(Failure::usage)?),
-            tunnel_port: arguments.port,
             resolvers: resolvers.clone(),
             dns_ports: network.dns_ports.range.clone(),
+            ranges: arguments.ranges(),
+            exempt: arguments.exempt.clone(),
+            allow_link_scope: arguments.allow_link_scope,
+            allow_dhcp: arguments.allow_dhcp,
+            ..Skeleton::closed(arguments.mode.into(), arguments.port, surroundings.names())
         };
+        let node = Node::open().map_err(Failure::kernel)?;
         let source = manifests
             .follow(key, addresses.clone())
             .context("cannot watch the directory")
             .map_err(Failure::kernel)?;
-        Ok(Self {
+        let mut plan = Self {
             netns,
             netns_fd,
             project,
@@ -94,9 +110,92 @@ impl Plan {
             skeleton,
             init,
             source,
+            node,
             generation: 0,
             arguments: arguments.clone(),
-        })
+        };
+        plan.look_around_with(&surroundings);
+        plan.warn_of_gaps();
+        Ok(plan)
+    }
+
+    /// Says what passes in clear because of how the launch was configured.
+    fn warn_of_gaps(&self) {
+        if self.skeleton.mode != Mode::Strict {
+            return;
+        }
+        let arguments = &self.arguments;
+        if arguments.unclassified == cli::Unclassified::Pass {
+            warn!("--unclassified pass: addresses that nothing vouches for are spoken to in clear");
+        } else if self.skeleton.ranges.is_empty() {
+            warn!(
+                "without --pod-cidr and --service-cidr an address of the project passes in clear until the directory or DNS \
+                 names it, and ten minutes after the directory forgot it"
+            );
+        }
+        if arguments.allow_link_scope {
+            warn!("--allow-link-scope: link-local addresses, multicast and broadcast are spoken to in clear");
+        }
+    }
+
+    /// Looks at the pod's devices and at what is outside of the project; whether the guard has to be loaded again.
+    pub(super) fn look_around(&mut self) -> bool {
+        match Surroundings::inspect(&self.netns) {
+            Ok(surroundings) => self.look_around_with(&surroundings),
+            Err(error) => {
+                warn!(error = super::process::describe(&error), "the pod's devices cannot be read");
+                false
+            }
+        }
+    }
+
+    fn look_around_with(&mut self, surroundings: &Surroundings) -> bool {
+        let outside = self.source.outside();
+        let own = &self.addresses;
+        let of_host = self.node.addresses().iter().filter(|address| !own.contains(address));
+        let facts = Facts {
+            nodes: outside
+                .nodes
+                .iter()
+                .chain(of_host)
+                .copied()
+                .filter(|address| is_unicast(*address))
+                .collect(),
+            node_ranges: self.node_ranges(),
+            gateways: self.node.gateways(&surroundings.devices),
+            node_ports: outside.node_ports.clone(),
+            externals: outside.externals.clone(),
+            broadcasts: surroundings.broadcasts.clone(),
+        };
+        let before = (
+            std::mem::replace(&mut self.skeleton.devices, surroundings.names()),
+            std::mem::replace(&mut self.skeleton.facts, facts),
+        );
+        before.0 != self.skeleton.devices || before.1 != self.skeleton.facts
+    }
+
+    fn node_ranges(&self) -> Ranges {
+        self.arguments.node_cidr.iter().copied().collect()
+    }
+
+    /// Whose an address is that the agent asks about.
+    pub(super) fn class(&self, address: IpAddr) -> Class {
+        match self.source.outside().class(address) {
+            Class::Unknown if self.is_declared(address) => Class::Outside,
+            class => class,
+        }
+    }
+
+    fn is_declared(&self, address: IpAddr) -> bool {
+        let exempt = |net: &super::guard::Exemption| net.port.is_none() && net.net.contains(&address);
+        self.node.addresses().contains(&address)
+            || self.node_ranges().contains(address)
+            || self.arguments.exempt.iter().any(exempt)
+    }
+
+    /// The directory's newest state.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Reads key file and resolv.conf again; the next agent is told what they say.
@@ -192,14 +291,21 @@ fn init(
         secret: key.static_secret(address),
         accept: key.accepted_secret(address),
     };
+    let addresses: Vec<_> = addresses.iter().copied().map(own).collect();
+    // They stay where they are as long as the plan; what an agent is told is a copy, erased when it was sent.
+    for own in &addresses {
+        memory::lock_in_place(&own.secret.0);
+        own.accept.iter().for_each(|secret| memory::lock_in_place(&secret.0));
+    }
     Init {
         carried: Vec::new(),
         parked: false,
         place: Place { path: netns.path(), identity: netns.identity(), runtime: PathBuf::new() },
-        addresses: addresses.iter().copied().map(own).collect(),
+        addresses,
         port: arguments.port,
         link_mtu: network.mtu,
         zone,
+        ranges: arguments.ranges(),
         resolvers: resolvers.to_vec(),
         dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
         hold_dns_ports: network.dns_ports.keep_bound,

@@ -1,7 +1,7 @@
 //! One agent process, from spawn or adoption to its end.
 //!
-//! 1. [`Agent::spawn`] starts our own executable with two descriptors and nothing else: no secret in argv, an environment
-//!    of one variable (the log filter), standard input and output on /dev/null
+//! 1. `Agent::spawn` starts a program (`program`) with two descriptors and nothing else: no secret in argv, an
+//!    environment of one variable (the log filter), standard input and output on /dev/null
 //! 2. [`Agent::adopt`] takes over the one that an earlier launcher left; one that does not answer is killed
 //! 3. [`Agent::initialise`] hands over keys and configuration; [`Agent::next`] sends what is queued and takes what comes
 //! 4. what came with `Ready` (`tenc0`, the UDP sockets) is held, so that the agent's death frees no device and no port, and
@@ -17,8 +17,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, fcntl_get_seals, fstat, makedev};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
@@ -28,9 +29,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::program::Program;
+use super::rate::Rate;
 use crate::agent::control::{
     ChannelError, Executable, FromAgent, Init, LauncherChannel, Received, ToAgent, VERSION, close_beside,
 };
+use crate::fault::HASTE;
 use crate::sys::async_fd;
 use crate::telemetry::LOG_VARIABLE;
 
@@ -41,11 +45,11 @@ const RETRY: Duration = Duration::from_millis(2);
 const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long an agent may take to remove what it made. A pod with thousands of routes needs a fraction of it.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+const STOP_LIMIT: Duration = Duration::from_millis(5_000 / HASTE);
 
 /// How long an agent that runs already may take to answer: it reads within one turn of its loop, but for the second that a
 /// directory of ten thousand workloads takes it under load.
-const ADOPT_LIMIT: Duration = Duration::from_secs(3);
+const ADOPT_LIMIT: Duration = Duration::from_millis(3_000 / HASTE);
 
 /// Major and minor number of /dev/net/tun, everywhere (Documentation/admin-guide/devices.txt).
 const TUN: (u32, u32) = (10, 200);
@@ -133,39 +137,32 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts an agent that will enter `netns` and listen at `listener`, to which `channel` is connected. Must be called
-    /// inside a tokio runtime.
+    /// Starts `program` as an agent that will enter `netns` and listen at `listener`, to which `channel` is connected. Must
+    /// be called inside a tokio runtime.
     ///
     /// # Errors
     /// [`AgentError::Spawn`], [`AgentError::Channel`].
-    pub fn spawn(
+    pub(super) fn spawn(
+        program: &Program,
         netns: BorrowedFd<'_>,
         (listener, channel): (OwnedFd, LauncherChannel),
         log_filter: &str,
     ) -> Result<Self, AgentError> {
         let netns = netns.try_clone_to_owned().map_err(AgentError::Spawn)?;
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("tencrypt")
-            .arg("agent")
-            .args(["--netns-fd", &netns.as_raw_fd().to_string()])
-            .args(["--listener-fd", &listener.as_raw_fd().to_string()])
-            .env_clear()
-            .env(LOG_VARIABLE, log_filter)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit());
-        #[cfg(feature = "fault-injection")]
-        if let Some(faults) = std::env::var_os(FAULT_VARIABLE) {
-            command.env(FAULT_VARIABLE, faults);
-        }
         // These alone survive exec, and are closed here as soon as the agent has them: no other program is started in
         // between, for the launcher starts programs from one thread only.
         for descriptor in [&netns, &listener] {
             fcntl_setfd(descriptor, FdFlags::empty()).map_err(|e| AgentError::Spawn(e.into()))?;
         }
         let readable = readiness(&channel)?;
-        let child = command.spawn().map_err(AgentError::Spawn)?;
+        let child = match command(program, &netns, &listener, log_filter).spawn() {
+            Err(error) if !program.is_own() => {
+                warn!(%error, "the program at the launcher's path cannot be started: the agent runs the launcher's own file");
+                command(&Program::own(), &netns, &listener, log_filter).spawn()
+            }
+            started => started,
+        };
+        let child = child.map_err(AgentError::Spawn)?;
         Ok(Self { process: Process::of_child(child)?, channel, readable, held: Vec::new() })
     }
 
@@ -326,12 +323,13 @@ impl Agent {
 
     /// Whether the agent said that it had stopped, and then ended well.
     async fn stop_in_order(&mut self) -> Result<bool, AgentError> {
+        let mut told = told();
         let mut queue = VecDeque::from([ToAgent::Stop]);
         let mut stopped = false;
         loop {
             match self.next(&mut queue).await? {
                 Event::Message(FromAgent::Stopped, _) => stopped = true,
-                Event::Message(FromAgent::Failed { reason, .. }, _) => {
+                Event::Message(FromAgent::Failed { reason, .. }, _) if told.take(Instant::now()) => {
                     warn!(reason, "the agent failed while it stopped")
                 }
                 Event::Message(..) => {}
@@ -361,6 +359,75 @@ impl Agent {
     }
 }
 
+/// What starts an agent that inherits two descriptors.
+fn command(program: &Program, netns: &OwnedFd, listener: &OwnedFd, log_filter: &str) -> Command {
+    let mut command = Command::new(program.path());
+    command
+        .arg0("tencrypt")
+        .arg("agent")
+        .args(["--netns-fd", &netns.as_raw_fd().to_string()])
+        .args(["--listener-fd", &listener.as_raw_fd().to_string()])
+        .env_clear()
+        .env(LOG_VARIABLE, log_filter)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit());
+    #[cfg(feature = "fault-injection")]
+    if let Some(faults) = std::env::var_os(FAULT_VARIABLE) {
+        command.env(FAULT_VARIABLE, faults);
+    }
+    command
+}
+
+/// Kills the agent at the other end of `channel`, which has neither a launcher nor a pod any more. Whether it is one, and
+/// was killed.
+pub(super) fn end_orphan(channel: &LauncherChannel, identity: (u64, u64)) -> bool {
+    match Process::of_peer(channel, identity) {
+        Ok(Some(agent)) => agent.signal(Signal::KILL).is_ok(),
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
+
+/// Kills the agents of a namespace that no path leads to any more, but for `kept`: they were frozen while their launcher
+/// died, or while they were to take over, and would keep the tunnel's port. Processes of the pod are none, whatever they call
+/// themselves: they are of another user or in another PID namespace.
+///
+/// # Errors
+/// One cannot be killed.
+pub(super) async fn end_stray_agents(identity: (u64, u64), kept: Option<i32>) -> Result<(), AgentError> {
+    for entry in std::fs::read_dir("/proc").map_err(AgentError::Wait)?.flatten() {
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+        let Some(pid) = number.filter(|number| kept != Some(*number)).and_then(Pid::from_raw) else {
+            continue;
+        };
+        if !is_ours(&entry.path()) {
+            continue;
+        }
+        // An agent of another pod is foreign here.
+        let Ok(Some(mut stray)) = Process::of_agent(pid, identity) else { continue };
+        warn!(pid = pid.as_raw_nonzero().get(), "an agent that no launcher can speak to any more is killed");
+        stray.signal(Signal::KILL)?;
+        // One that does not end still has its port, and the launch says so.
+        if let Ok(ended) = timeout(END_LIMIT, stray.ended()).await {
+            ended?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a process is called as agents are, of our user and in our own PID namespace.
+fn is_ours(process: &Path) -> bool {
+    let is_named =
+        std::fs::read_to_string(process.join("comm")).is_ok_and(|name| name.trim_end() == "tencrypt-agent");
+    let numbers = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let own = numbers(Path::new("/proc/self/ns/pid"));
+    is_named
+        && std::fs::metadata(process).is_ok_and(|found| found.uid() == rustix::process::geteuid().as_raw())
+        && own.is_some()
+        && numbers(&process.join("ns/pid")) == own
+}
+
 /// A process by its pidfd.
 #[derive(Debug)]
 struct Process {
@@ -387,7 +454,11 @@ impl Process {
 
     /// The process that listens at the other end; `None`: it has ended.
     fn of_peer(channel: &LauncherChannel, identity: (u64, u64)) -> Result<Option<Self>, AgentError> {
-        let pid = channel.peer()?.pid;
+        Self::of_agent(channel.peer()?.pid, identity)
+    }
+
+    /// The agent of that number; `None`: it has ended.
+    fn of_agent(pid: Pid, identity: (u64, u64)) -> Result<Option<Self>, AgentError> {
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
             Err(Errno::SRCH) => return Ok(None),
@@ -479,6 +550,11 @@ async fn flush(channel: &LauncherChannel, queue: &mut VecDeque<ToAgent>) -> Resu
     Ok(())
 }
 
+/// How many log lines an agent can make its launcher write: 20 at once, then ten a minute.
+pub(super) const fn told() -> Rate {
+    Rate::new(20, Duration::from_secs(6))
+}
+
 /// An error with its causes, on one line.
 pub(super) fn describe(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
@@ -489,7 +565,6 @@ pub(super) fn describe(error: &dyn std::error::Error) -> String {
 mod tests {
     use std::fs::File;
     use std::net::{TcpListener, UdpSocket};
-    use std::time::Instant;
 
     use rustix::net::{SendFlags, SocketFlags, send, socketpair};
 

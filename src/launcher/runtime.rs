@@ -21,8 +21,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use super::pod::holders::is_gone;
+use super::process;
 use crate::agent::control::{self, ChannelError, LauncherChannel};
-use crate::agent::presence::{leads_elsewhere, remove_files};
+use crate::agent::presence::remove_files;
 
 /// Runtime files of the launcher.
 pub const RUN_DIR: &str = "/run/tencrypt";
@@ -167,7 +169,8 @@ impl Runtime {
     }
 }
 
-/// Removes the files of namespaces that are gone, which no launcher holds and no agent listens for.
+/// Removes the files of namespaces that are gone, which no launcher holds, and ends agents that are left there. Must be
+/// called inside a tokio runtime.
 pub fn sweep(dir: &Path) {
     let Ok(entries) = std::fs::read_dir(dir) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
@@ -176,11 +179,15 @@ pub fn sweep(dir: &Path) {
         }
         // Judged before it is locked: the lock of a pod that is there is never in the way of its launcher.
         let owner = open(&path).ok().and_then(|lock| read_owner(&lock));
-        if owner.is_none_or(|owner| !leads_elsewhere(&owner.path, owner.identity)) {
-            continue;
-        }
+        let Some(owner) = owner.filter(|owner| is_gone(&owner.path, owner.identity)) else { continue };
         let Ok(Some(_held)) = lock(&path) else { continue };
-        if matches!(control::connect(&path.with_extension("sock")), Ok(None)) {
+        let is_left = match control::connect(&path.with_extension("sock")) {
+            Ok(None) => true,
+            // It cannot see for itself that nobody is left but it.
+            Ok(Some(channel)) => process::end_orphan(&channel, owner.identity),
+            Err(_) => false,
+        };
+        if is_left {
             remove_files(&path.with_extension(""));
         }
     }
@@ -286,13 +293,18 @@ mod tests {
         drop(Runtime::take(dir.path(), 1, &owner(&gone)).unwrap().state().unwrap());
         drop(Runtime::take(dir.path(), 2, &owner(names.path())).unwrap());
         let held = Runtime::take(dir.path(), 3, &owner(&gone)).unwrap();
+        let identity = owner(&gone).identity;
         std::fs::remove_file(&gone).unwrap();
+        // Without privilege the processes of others cannot be looked at, and nothing is swept.
+        let stays = !is_gone(&gone, identity);
         sweep(dir.path());
         let left =
             |cookie: u64, ending| dir.path().join(format!("{cookie:016x}")).with_extension(ending).exists();
-        assert!(!left(1, "lock") && !left(1, "state") && left(2, "lock") && left(3, "lock"));
+        assert_eq!((left(1, "lock"), left(1, "state")), (stays, stays));
+        assert!(left(2, "lock") && left(3, "lock"));
         drop(held);
         sweep(dir.path());
-        assert!(!left(3, "lock"));
+        assert_eq!(left(3, "lock"), stays);
+        assert!(!stays || !nix::unistd::geteuid().is_root());
     }
 }

@@ -6,10 +6,14 @@
 //!    that we hold, oldest packets first, and with the flows of the state file
 //! 4. [`Supervisor::upgrade`]: the running agent hands flows, sessions and counters to its successor
 //!
+//! The guard is opened by an agent's own word alone: it has applied the directory that this launcher told it ([`Ready`]).
+//! What the guard meets and the directory does not name the agent asks about; what was answered is corrected when it changes.
+//!
 //! A replaced agent has ended before its successor reads: no counter of a key is ever used twice. An agent that fails again
 //! and again is started with growing pauses; the pod stays closed meanwhile. May touch: what [`super::process`] may.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -19,33 +23,46 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::dns_helper::{self, DnsHelper};
-use super::guard::{self, Gate, Loaded};
+use super::guard::{self, Door, Loaded, Ready};
 use super::plan::Plan;
-use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop};
+use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop, end_stray_agents, told};
+use super::program::Program;
+use super::rate::Rate;
 use super::runtime::Runtime;
 use super::status::StatusServer;
 use super::{Failure, Signals};
-use crate::agent::control::{Carried, FromAgent, ToAgent};
-use crate::agent::executable;
+use crate::agent::control::{ASKED_MAX, Carried, FromAgent, ToAgent};
 use crate::cli::Exit;
+use crate::fault::HASTE;
 use crate::proto::mtu::tun_mtu;
+use crate::proto::routing::Class;
 
 /// From the agent's start to its `Ready`; thousands of routes take less than a second.
-const READY_LIMIT: Duration = Duration::from_secs(10);
+const READY_LIMIT: Duration = Duration::from_millis(10_000 / HASTE);
 /// How often the namespace's name is looked up: nothing tells when it goes.
 const GONE_CHECK: Duration = Duration::from_millis(200);
 /// Signs of life that may be missing before an agent counts as frozen.
 const MISSED_MAX: u32 = 2;
 /// How often an agent is asked for one: an idle agent wakes for little else, less than once a second.
-const HEARTBEAT: Duration = Duration::from_millis(1_500);
+const HEARTBEAT: Duration = Duration::from_millis(1_500 / HASTE);
 /// An agent may take this long to hand over: it waits for DNS answers on their way.
-const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
+const HAND_OVER_LIMIT: Duration = Duration::from_millis(5_000 / HASTE);
 /// Pause before an agent that ended soon after its start is started again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// An agent that lived this long did not fail at its start.
 const SETTLED: Duration = Duration::from_secs(5);
+
+/// How often an agent can make us load the guard: this often at once, then once per interval.
+const LOADS: u32 = 20;
+const LOAD_EVERY: Duration = Duration::from_millis(100);
+
+/// Addresses whose class an agent was told, and is told again when it changes.
+const ANSWERED_MAX: usize = 8_192;
+
+/// Messages that may wait for the agent when it asks something.
+const ANSWERS_MAX: usize = 4_096;
 
 /// Why supervision ended.
 pub(super) enum End {
@@ -80,11 +97,24 @@ pub(super) struct Supervisor<'a> {
     missed: u32,
     /// The pod's device was deleted.
     link_gone: bool,
+    /// The last agent ended before it was ready: the next one runs the launcher's own file, not the one on the disk.
+    own_program: bool,
+    /// Log lines that the agent causes.
+    told: Rate,
+    loads: Rate,
+    /// When the guard is loaded again; none: the agent does not miss it.
+    load_at: Option<Instant>,
+    pub(super) door: Door,
+    /// The skeleton that the agent was told of and has not filled yet.
+    filling: Option<u64>,
+    /// The newest whole directory that the agent was told.
+    whole: u64,
+    answered: BTreeMap<IpAddr, Class>,
     status: StatusServer,
 }
 
 impl<'a> Supervisor<'a> {
-    pub(super) fn new(plan: &'a mut Plan, runtime: &'a Runtime, log_filter: &'a str) -> Self {
+    pub(super) fn new(plan: &'a mut Plan, runtime: &'a Runtime, log_filter: &'a str, door: Door) -> Self {
         Self {
             plan,
             runtime,
@@ -99,65 +129,134 @@ impl<'a> Supervisor<'a> {
             start_at: None,
             missed: 0,
             link_gone: false,
+            own_program: false,
+            told: told(),
+            loads: Rate::new(LOADS, LOAD_EVERY),
+            load_at: None,
+            door,
+            filling: None,
+            whole: 0,
+            answered: BTreeMap::new(),
             status: StatusServer::default(),
         }
     }
 
-    /// Ends when an agent protects the pod.
+    /// Ends when an agent protects the pod and the guard is open. To be awaited to its end.
     ///
     /// # Errors
     /// It could not be started, or did not become ready.
     pub(super) async fn start(&mut self) -> Result<(), Failure> {
-        self.load_skeleton().map_err(Failure::kernel)?;
         if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
             let identity = self.plan.netns.identity();
             if let Some((agent, adopted)) = Agent::adopt(channel, identity).await.map_err(Failure::kernel)? {
-                self.take_over(agent, adopted).await;
-                return Ok(());
+                self.end_strays(Some(agent.id())).await?;
+                match self.take_over(agent, adopted).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => {
+                        warn!(
+                            error = format!("{error:#}"),
+                            "the agent of an earlier launcher cannot be taken over and is replaced"
+                        );
+                        self.replace().await.map_err(Failure::kernel)?;
+                    }
+                }
             }
         }
+        self.end_strays(None).await?;
+        self.load(Door::prepare).map_err(Failure::kernel)?;
         self.spawn().await.map_err(Failure::kernel)?;
-        let agent = self.agent.as_mut().expect("just started");
-        wait_until_ready(agent, &mut self.queue).await?;
+        let ready = self.wait_until_ready().await?;
         self.ready_by = None;
-        Ok(())
+        self.open(&ready).map_err(Failure::kernel)
     }
 
-    async fn take_over(&mut self, agent: Agent, adopted: Adopted) {
-        info!(pid = agent.id(), "the agent of an earlier launcher goes on");
+    /// Ends agents that an earlier launcher left beside the one that continues.
+    async fn end_strays(&self, kept: Option<i32>) -> Result<(), Failure> {
+        if !self.door.found_any() {
+            return Ok(());
+        }
+        end_stray_agents(self.plan.netns.identity(), kept).await.map_err(Failure::kernel)
+    }
+
+    /// Continues with the agent of an earlier launcher. The guard stays as it is until the agent has applied our directory.
+    async fn take_over(&mut self, agent: Agent, adopted: Adopted) -> anyhow::Result<()> {
+        info!(pid = agent.id(), "the agent of an earlier launcher continues");
         self.agent = Some(agent);
         self.started = Instant::now();
-        self.queue = self.plan.whole();
-        // The skeleton may be another build's.
-        self.queue.push_back(self.guard_loaded());
+        if !self.door.is_open() {
+            self.load(Door::prepare)?;
+        }
         let same = adopted.fingerprint == self.plan.init.fingerprint()
-            && executable().is_ok_and(|own| own == adopted.executable);
+            && Program::open().executable().is_ok_and(|next| next == adopted.executable);
         if !same {
             info!("it is of another build, or was told something else: it hands over to a new one");
-            if let Err(error) = self.upgrade().await {
-                warn!(error = format!("{error:#}"), "it could not be replaced in order");
+            match self.upgrade().await {
+                Ok(()) => return Ok(()),
+                Err(error) => warn!(error = format!("{error:#}"), "it could not be replaced in order"),
             }
+            anyhow::ensure!(self.agent.is_some(), "it ended while it handed over");
         }
+        self.tell_everything();
+        let ready = self.wait_until_ready().await.map_err(|failure| failure.error)?;
+        self.open(&ready)?;
+        Ok(())
     }
 
     /// Whatever became of the guard while there was no agent to see it.
     async fn start_again(&mut self) -> anyhow::Result<()> {
-        self.load_skeleton()?;
+        self.load(Door::refresh)?;
         self.spawn().await
     }
 
-    fn load_skeleton(&self) -> Result<(), guard::Error> {
-        if let Loaded::WithoutEgress(reason) = guard::load(&self.plan.netns_fd, &self.plan.skeleton)? {
-            warn!(reason, "no guard at the device's egress: frames of packet sockets are not guarded");
+    /// The agent is to know the whole directory.
+    fn tell_everything(&mut self) {
+        self.queue = self.plan.whole();
+        self.whole = self.plan.generation();
+    }
+
+    /// Loads the guard through one of the ways of the door, for the devices that the pod has now.
+    fn load(
+        &mut self,
+        way: impl FnOnce(&mut Door, &mut guard::Skeleton) -> Result<Loaded, guard::Error>,
+    ) -> Result<(), guard::Error> {
+        self.plan.look_around();
+        if let Some(agent) = &self.agent {
+            // One that cannot be told now takes the change for tampering, and says so.
+            let _ = agent.send(&ToAgent::GuardLoading, &[]);
+        }
+        if let Loaded::WithoutEgress(reason) = way(&mut self.door, &mut self.plan.skeleton)? {
+            warn!(reason, "no guard at the devices' egress: frames of packet sockets are not guarded");
         }
         Ok(())
+    }
+
+    /// Opens the guard; the agent takes its rules for the right ones.
+    fn open(&mut self, ready: &Ready) -> Result<(), guard::Error> {
+        self.load(|door, skeleton| door.open(skeleton, ready))?;
+        self.tell_loaded();
+        Ok(())
+    }
+
+    /// The agent is to fill the sets of the skeleton that was loaded last.
+    fn tell_loaded(&mut self) {
+        let skeleton = self.plan.skeleton.digest();
+        self.filling = Some(skeleton);
+        self.queue.push_back(ToAgent::GuardLoaded { skeleton });
+    }
+
+    /// Waits for the agent's word that the whole directory is in place; answers its questions meanwhile.
+    async fn wait_until_ready(&mut self) -> Result<Ready, Failure> {
+        let Self { agent, queue, plan, answered, whole, .. } = self;
+        let agent = agent.as_mut().expect("there is one to wait for");
+        await_ready(agent, queue, *whole, |asked| answer(plan, answered, asked)).await
     }
 
     /// Starts an agent and sends it everything but what makes it read: its `Ready` is still to come.
     async fn spawn(&mut self) -> anyhow::Result<()> {
         let agent = self.new_agent(false).await?;
         debug!(pid = agent.id(), "agent started");
-        self.queue = self.plan.whole();
+        self.tell_everything();
+        (self.filling, self.answered) = (None, BTreeMap::new());
         self.agent = Some(agent);
         self.started = Instant::now();
         self.ready_by = Some(self.started + READY_LIMIT);
@@ -183,7 +282,9 @@ impl<'a> Supervisor<'a> {
         }
         let (kinds, descriptors): (Vec<_>, Vec<_>) = carried.into_iter().unzip();
         let init = self.plan.init_for(kinds, parked, self.runtime.stem())?;
-        let mut agent = Agent::spawn(self.plan.netns.as_fd(), self.runtime.listener()?, self.log_filter)?;
+        let program = if self.own_program && !parked { Program::own() } else { Program::open() };
+        let netns = self.plan.netns.as_fd();
+        let mut agent = Agent::spawn(&program, netns, self.runtime.listener()?, self.log_filter)?;
         // Before it does anything that has to be found again. One that is never told what to do ends by itself.
         let published = if parked { Ok(()) } else { self.runtime.publish() };
         let told =
@@ -204,7 +305,7 @@ impl<'a> Supervisor<'a> {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         loop {
-            let due = [self.ready_by, self.start_at].into_iter().flatten().min();
+            let due = [self.ready_by, self.start_at, self.load_at].into_iter().flatten().min();
             let due_at = due.unwrap_or_else(|| Instant::now() + HEARTBEAT);
             tokio::select! {
                 biased;
@@ -242,12 +343,24 @@ impl<'a> Supervisor<'a> {
                     }
                 }
                 // While the agent does not keep up, changes gather in the directory and come as one.
-                changes = self.plan.source.next(), if self.queue.is_empty() => {
-                    let messages = self.plan.commit(changes, false);
-                    if self.agent.is_some() {
-                        self.queue = messages;
+                news = self.plan.source.next(), if self.queue.is_empty() => {
+                    if !news.changes.is_empty() {
+                        let messages = self.plan.commit(news.changes, false);
+                        if self.agent.is_some() {
+                            self.queue = messages;
+                        }
+                    }
+                    if news.outside {
+                        self.look_outside();
                     }
                 }
+                changed = self.plan.node.next(), if self.queue.is_empty() => match changed {
+                    Ok(()) => self.look_outside(),
+                    Err(error) => {
+                        warn!(error = super::process::describe(&error), "the addresses of this node cannot be followed");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                },
                 question = self.status.next() => self.answer(question),
             }
         }
@@ -259,7 +372,9 @@ impl<'a> Supervisor<'a> {
             Ok(Event::Ended(ended)) => self.lost(ended),
             // Broken, whatever it is: not to be listened to any more.
             Err(error) => {
-                warn!(error = super::process::describe(&error), "the agent is killed and replaced");
+                if self.may_tell() {
+                    warn!(error = super::process::describe(&error), "the agent is killed and replaced");
+                }
                 self.replace().await.context("kill the agent")?;
             }
         }
@@ -268,6 +383,7 @@ impl<'a> Supervisor<'a> {
 
     fn heard(&mut self, message: FromAgent) {
         self.missed = 0;
+        let ready = Ready::of(&message, self.whole, self.plan.skeleton.digest());
         match message {
             FromAgent::Ready { generation, .. } => {
                 info!(
@@ -276,51 +392,117 @@ impl<'a> Supervisor<'a> {
                     "the agent protects the pod again"
                 );
                 self.ready_by = None;
+                self.open_if_closed(ready.as_ref());
             }
-            FromAgent::Failed { reason, .. } => warn!(reason, "the agent failed: the pod stays closed"),
+            FromAgent::GuardFilled { skeleton, filled, .. } => {
+                self.filling = self.filling.filter(|wanted| *wanted != skeleton);
+                if filled {
+                    self.open_if_closed(ready.as_ref());
+                } else {
+                    self.close();
+                }
+            }
+            FromAgent::Failed { reason, .. } => {
+                if self.may_tell() {
+                    warn!(reason, "the agent failed: the pod stays closed");
+                }
+            }
             // It did not read yet that the guard is there again.
-            FromAgent::GuardLost if self.queue.iter().any(|m| matches!(m, ToAgent::GuardLoaded { .. })) => {}
-            FromAgent::GuardLost => self.load_guard(),
+            FromAgent::GuardLost | FromAgent::GuardDevice if self.filling.is_some() => {}
+            FromAgent::GuardLost => self.close(),
+            FromAgent::GuardDevice => self.refresh(),
+            // One that asks and does not read gets no answer: it asks again.
+            FromAgent::WhoIs(addresses) if self.queue.len() < ANSWERS_MAX => {
+                let classes = answer(self.plan, &mut self.answered, addresses);
+                self.queue.push_back(ToAgent::Classified(classes));
+            }
+            FromAgent::WhoIs(_) => {}
             FromAgent::LinkGone => self.link_gone = true,
             FromAgent::Flows(flows) => self.status.heard_flows(flows),
             FromAgent::Report(report) => self.status.heard(*report),
             FromAgent::Hello { .. }
             | FromAgent::Pong
+            | FromAgent::Committed { .. }
             | FromAgent::TunReplaced
             | FromAgent::HandedOver
             | FromAgent::Stopped => {}
         }
     }
 
+    /// The guard is open as soon as an agent is ready, whatever closed it.
+    fn open_if_closed(&mut self, ready: Option<&Ready>) {
+        let Some(ready) = ready.filter(|_| !self.door.is_open()) else { return };
+        if let Err(error) = self.open(ready)
+            && self.may_tell()
+        {
+            warn!(
+                error = super::process::describe(&error),
+                "the guard cannot be opened: the pod stays closed"
+            );
+        }
+    }
+
+    /// What is outside of the project has changed, or this node: guard and agent are told.
+    fn look_outside(&mut self) {
+        if self.plan.look_around() {
+            self.refresh();
+        }
+        let plan = &*self.plan;
+        let mut corrected = Vec::new();
+        for (address, class) in &mut self.answered {
+            let now = plan.class(*address);
+            if now != *class {
+                *class = now;
+                corrected.push((*address, now));
+            }
+        }
+        if self.agent.is_some() {
+            let chunks = corrected.chunks(ASKED_MAX);
+            self.queue.extend(chunks.map(|chunk| ToAgent::Classified(chunk.to_vec())));
+        }
+    }
+
     /// Somebody asks how the pod is: the answer waits for what a ready agent says, the loop does not.
     fn answer(&mut self, question: UnixStream) {
-        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none());
+        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none() && self.door.is_open());
         let asked = ready.is_some_and(|agent| agent.send(&ToAgent::Report, &[]).is_ok());
         self.status.answer(question, self.plan, self.agent.as_ref().map(Agent::id), asked);
     }
 
-    /// The guard's skeleton is loaded again; the agent refills its sets.
-    fn load_guard(&mut self) {
-        match guard::load(&self.plan.netns_fd, &self.plan.skeleton) {
-            Ok(_) => self.queue.push_back(self.guard_loaded()),
-            // It asks again.
-            Err(error) => warn!(error = super::process::describe(&error), "the guard cannot be loaded again"),
+    /// Whether a log line that the agent caused is written.
+    fn may_tell(&mut self) -> bool {
+        self.told.take(Instant::now().into_std())
+    }
+
+    /// The guard's rules are not what they were: the pod is closed, and opened when the agent has filled the sets again.
+    fn close(&mut self) {
+        self.load_now_or_later(Door::close);
+    }
+
+    /// The same rules for other devices or facts.
+    fn refresh(&mut self) {
+        self.load_now_or_later(Door::refresh);
+    }
+
+    /// Loads the guard now, or as soon as the rate allows: then closed, whatever was asked for.
+    fn load_now_or_later(
+        &mut self,
+        way: impl FnOnce(&mut Door, &mut guard::Skeleton) -> Result<Loaded, guard::Error>,
+    ) {
+        let now = Instant::now();
+        if !self.loads.take(now.into_std()) {
+            self.load_at = Some(self.loads.next(now.into_std()).into());
+            return;
         }
-    }
-
-    fn guard_loaded(&self) -> ToAgent {
-        ToAgent::GuardLoaded { skeleton: self.plan.skeleton.digest() }
-    }
-
-    /// Opens what `--guard-first` closed; the agent takes the rules for the right ones.
-    ///
-    /// # Errors
-    /// nft refused: the pod stays closed.
-    pub(super) fn open_gate(&mut self) -> Result<(), guard::Error> {
-        self.plan.skeleton.gate = Gate::Open;
-        guard::load(&self.plan.netns_fd, &self.plan.skeleton)?;
-        self.queue.push_back(self.guard_loaded());
-        Ok(())
+        self.load_at = None;
+        match self.load(way) {
+            Ok(()) => self.tell_loaded(),
+            // The agent asks again.
+            Err(error) if self.may_tell() => {
+                warn!(error = super::process::describe(&error), "the guard cannot be loaded again");
+            }
+            Err(_) => {}
+        }
     }
 
     /// Asks for a sign of life; an agent that gave none for a while is replaced.
@@ -344,6 +526,9 @@ impl<'a> Supervisor<'a> {
 
     async fn due(&mut self) -> Result<(), AgentError> {
         let now = Instant::now();
+        if self.load_at.is_some_and(|at| at <= now) {
+            self.close();
+        }
         if self.ready_by.is_some_and(|at| at <= now) {
             warn!("the agent was not ready within {READY_LIMIT:?}: it is killed and replaced");
             self.replace().await?;
@@ -369,13 +554,19 @@ impl<'a> Supervisor<'a> {
     fn lost(&mut self, ended: Ended) {
         let Some(agent) = self.agent.take() else { return };
         self.status.lost(ended);
-        warn!(pid = agent.id(), %ended, "the agent ended: the pod is closed until a new one is ready");
+        if self.may_tell() {
+            warn!(pid = agent.id(), %ended, "the agent ended: the pod is closed until a new one is ready");
+        }
+        // Perhaps another version: one of our own file understands us.
+        self.own_program = self.ready_by.is_some() && !self.own_program;
         let held = agent.into_held();
         if !held.is_empty() {
             self.spare = held;
         }
         self.queue.clear();
         self.ready_by = None;
+        // A new agent's guard is loaded before it starts.
+        self.load_at = None;
         if self.started.elapsed() >= SETTLED {
             self.pause = Duration::ZERO;
         }
@@ -404,24 +595,33 @@ impl<'a> Supervisor<'a> {
         if self.agent.is_none() || self.ready_by.is_some() {
             bail!("there is no agent that could hand over");
         }
-        // What was read again may have changed it; the old agent knows what it is to look like if it goes on.
-        self.load_skeleton()?;
-        self.queue.push_back(self.guard_loaded());
+        // What was read again may have changed it; the old agent knows what it is to look like if it continues.
+        self.load(Door::refresh)?;
+        self.tell_loaded();
         let mut successor = self.new_agent(true).await?;
         let mut queue = self.plan.whole();
-        let ready = wait_until_ready(&mut successor, &mut queue).await;
-        if let Err(failure) = ready {
-            successor.kill().await?;
-            return Err(failure.error.context("the successor was not ready: the old agent goes on"));
-        }
+        let whole = self.plan.generation();
+        let (plan, answered) = (&*self.plan, &mut self.answered);
+        let ready =
+            await_ready(&mut successor, &mut queue, whole, |asked| answer(plan, answered, asked)).await;
+        let ready = match ready {
+            Ok(ready) => ready,
+            Err(failure) => {
+                successor.kill().await?;
+                return Err(failure.error.context("the successor was not ready: the old agent continues"));
+            }
+        };
         let mut old = self.agent.take().expect("looked at before");
         match self.switch(&mut old, &mut successor).await {
             Ok(()) => {
                 info!(pid = successor.id(), from = old.id(), "the agent was replaced");
                 self.agent = Some(successor);
-                self.queue = queue;
+                (self.queue, self.whole) = (queue, whole);
                 self.started = Instant::now();
                 self.missed = 0;
+                self.filling = None;
+                // Its word was about the kernel's sets, which it fills from now on.
+                self.open(&ready)?;
                 Ok(())
             }
             Err(error) => {
@@ -486,19 +686,30 @@ async fn next(agent: &mut Option<Agent>, queue: &mut VecDeque<ToAgent>) -> Resul
     }
 }
 
-async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> Result<(), Failure> {
+/// Waits for an agent's word that it has applied the whole directory of this generation, and answers its questions.
+async fn await_ready(
+    agent: &mut Agent,
+    queue: &mut VecDeque<ToAgent>,
+    generation: u64,
+    mut classify: impl FnMut(Vec<IpAddr>) -> Vec<(IpAddr, Class)>,
+) -> Result<Ready, Failure> {
     let ready = async {
         loop {
             match agent.next(queue).await.map_err(Failure::failed)? {
-                Event::Message(FromAgent::Ready { generation, .. }, _) => {
-                    debug!(generation, descriptors = agent.held().len(), "agent ready");
-                    return Ok(());
-                }
                 Event::Message(FromAgent::Failed { exit_code, reason }, _) => {
                     return Err(Failure::new(Exit::from_code(exit_code), anyhow!(reason)));
                 }
                 Event::Message(FromAgent::Stopped, _) => {
                     return Err(Failure::failed(anyhow!("the agent stopped without an order")));
+                }
+                Event::Message(FromAgent::WhoIs(addresses), _) if queue.len() < ANSWERS_MAX => {
+                    queue.push_back(ToAgent::Classified(classify(addresses)));
+                }
+                Event::Message(message @ (FromAgent::Ready { .. } | FromAgent::Committed { .. }), _) => {
+                    if let Some(ready) = Ready::of(&message, generation, 0) {
+                        debug!(generation, descriptors = agent.held().len(), "agent ready");
+                        return Ok(ready);
+                    }
                 }
                 Event::Message(..) => {}
                 Event::Ended(ended) => {
@@ -515,6 +726,19 @@ async fn wait_until_ready(agent: &mut Agent, queue: &mut VecDeque<ToAgent>) -> R
             "the agent was not ready within {READY_LIMIT:?}: run with -v for the agent's log"
         )))
     })
+}
+
+/// Whose these addresses are; remembered, so that the agent is told when that changes.
+fn answer(plan: &Plan, answered: &mut BTreeMap<IpAddr, Class>, asked: Vec<IpAddr>) -> Vec<(IpAddr, Class)> {
+    let classes: Vec<_> = asked.into_iter().map(|address| (address, plan.class(address))).collect();
+    for (address, class) in &classes {
+        // An address that is forgotten is closed ten minutes later at the latest, and asked about again.
+        if answered.len() >= ANSWERED_MAX && !answered.contains_key(address) {
+            answered.pop_first();
+        }
+        answered.insert(*address, *class);
+    }
+    classes
 }
 
 /// Orders the agent to hand over, and waits for its end: what it handed over.

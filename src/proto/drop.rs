@@ -65,6 +65,8 @@ pub enum DropReason {
     NotOwner,
     /// The inner destination is neither our address nor a VIP we are an endpoint of.
     NotForUs,
+    /// The inner source is a VIP that is not protected any more: the pod's answer would leave in clear.
+    SourceReleased,
     /// The DNS message is not well-formed, or belongs to no query.
     DnsMalformed,
     /// An answer to a question in the zone that cannot be parsed completely.
@@ -85,7 +87,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// Every variant, in declaration order.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 39] = [
         Self::Malformed,
         Self::LinkScope,
         Self::Loop,
@@ -116,6 +118,7 @@ impl DropReason {
         Self::OuterSource,
         Self::NotOwner,
         Self::NotForUs,
+        Self::SourceReleased,
         Self::DnsMalformed,
         Self::DnsUnparsed,
         Self::DnsContradicted,
@@ -160,6 +163,7 @@ impl DropReason {
             Self::OuterSource => "outer_source",
             Self::NotOwner => "not_owner",
             Self::NotForUs => "not_for_us",
+            Self::SourceReleased => "source_released",
             Self::DnsMalformed => "dns_malformed",
             Self::DnsUnparsed => "dns_unparsed",
             Self::DnsContradicted => "dns_contradicted",

@@ -28,7 +28,7 @@ use crate::wire::vnet::VnetHeader;
 
 const MAGIC: &[u8; 7] = b"tencrho";
 /// Raised whenever [`State`] or what it holds changes.
-const VERSION: u8 = 4;
+const VERSION: u8 = 5;
 /// Far above what bounded tables and queues can come to.
 const MAX_LEN: usize = 256 << 20;
 /// More words than there are.
@@ -63,8 +63,8 @@ struct State {
     flows: Vec<(u32, FlowRecord, Duration)>,
     fragments: Vec<Fragment>,
     live: Vec<(u32, IpAddr)>,
-    /// What DNS alone knows, and how long each address still lives.
-    dns: Vec<(IpAddr, Duration)>,
+    /// What DNS alone knows.
+    dns: Vec<IpAddr>,
     peers: Vec<PeerHandover>,
     /// Handshake messages and keepalives that were not sent yet.
     messages: Vec<(SocketAddr, Vec<u8>)>,
@@ -122,7 +122,7 @@ impl Engine {
             trains,
             injects,
             live: self.peers.live(),
-            dns: self.routing.export(now),
+            dns: self.routing.export(),
             peers: self.peers.export(now),
         };
         encode(&state)
@@ -167,7 +167,7 @@ impl Engine {
         for (to, records, segment) in state.trains {
             self.transmits.send_on(to, &records, segment);
         }
-        self.routing.import(state.dns, then);
+        self.routing.import(state.dns, now);
         self.peers.restore(&state.live);
         self.peers.note_all();
         self.peers.import(state.peers, &mut self.transmits, then, now, &mut self.counters);

@@ -2,7 +2,8 @@
 //!
 //! 1. `agent::udp` hands over a train of equal datagrams from one sender
 //! 2. the session authenticates and opens each in place; the replay window is checked
-//! 3. the inner source must be the peer's own address, or a VIP of a flow pinned to that peer
+//! 3. the inner source must be the peer's own address, or a VIP of a flow pinned to that peer; and our pod's kernel must
+//!    still send its answers to that source into `tenc0`, or nowhere
 //! 4. the peer gate: nothing is injected before the peer's own address is routed and guarded
 //! 5. packets for a VIP that we serve are rewritten to our own address and target port
 //! 6. what was opened is merged into super-packets; `poll_inject` gives them to `agent::tun`
@@ -140,6 +141,10 @@ impl Engine {
                 remote: (source, source_port),
             };
             let flags = packet.tcp_flags(bytes).unwrap_or(0);
+            // A resolver of the project speaks to the agent's sockets: an application gets its answers from the DNS gate.
+            if self.is_dns(&wire) && !self.is_upstream(&wire, flags) {
+                return Err(DropReason::DnsMalformed);
+            }
             let change = if self.own.contains(&destination) {
                 self.admit_to_own(peer, &wire, flags, now)?
             } else {
@@ -194,6 +199,7 @@ impl Engine {
         if wire.remote.0 != peer {
             let flow = self.flows.get(wire).filter(|flow| flow.peer == peer && flow.kind == Kind::Client);
             flow.ok_or(DropReason::NotOwner)?.touch(Direction::Inbound, flags, now);
+            self.check_source(wire.remote.0)?;
             return Ok(Rewrite::NONE);
         }
         if let Some(flow) = self.flows.get_by_wire(wire) {
@@ -219,6 +225,12 @@ impl Engine {
                 Ok(Rewrite::NONE)
             }
         }
+    }
+
+    /// A VIP may have been released since its flow began. To a packet that came late the pod's kernel answers by itself, and
+    /// in clear, if the route into `tenc0` and the guard's element are gone. (A peer's own address: the peer gate.)
+    pub(super) fn check_source(&self, address: IpAddr) -> Result<(), DropReason> {
+        if self.routing.is_protected(address) { Ok(()) } else { Err(DropReason::SourceReleased) }
     }
 
     /// To a VIP: only from the peer itself, and only where we are an endpoint. `None`: the directory does not know it.
@@ -276,6 +288,9 @@ impl Engine {
         let inner = Packet::parse_embedded(&bytes[quoted.clone()]).ok_or(DropReason::Malformed)?;
         if packet.source != peer && (packet.source != inner.destination || packet.fragment.is_some()) {
             return Err(DropReason::NotOwner);
+        }
+        if packet.source != peer {
+            self.check_source(packet.source)?;
         }
         let ports = inner.ports(&bytes[quoted]);
         let wire = ports.map(|(source, destination)| Tuple {

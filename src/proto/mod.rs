@@ -7,8 +7,8 @@
 //! What the pod sends waits in `queue`, flow by flow, until [`Engine::poll_captured`] deals with the next burst.
 //!
 //! In path order: [`dns`], [`outbound`], [`inbound`]; what they share: [`routing`] (both gates), [`directory`] (who is
-//! who), [`update`] (how that changes), [`peers`] (sessions), [`nat`] (flows), `fragment`, [`balance`] (endpoint choice), [`mtu`],
-//! [`mod@drop`] and [`account`] (every way to end, and how often).
+//! who), [`update`] (how that changes), [`ranges`] and [`outside`] (who is not ours), [`peers`] (sessions), [`nat`] (flows),
+//! `fragment`, [`balance`] (endpoint choice), [`mtu`], [`mod@drop`] and [`account`] (every way to end, and how often).
 //!
 //! Whatever is not a packet is done in bounded steps: [`Engine::handle_timeout`] does one, and [`Engine::poll_timeout`]
 //! stays due until nothing is left. So no packet waits for more than a step.
@@ -39,6 +39,7 @@ pub mod dns;
 pub mod drop;
 mod fragment;
 pub mod handover;
+mod holders;
 pub mod inbound;
 pub mod journal;
 pub mod ladder;
@@ -46,6 +47,7 @@ pub mod mtu;
 pub mod nat;
 pub mod noise;
 pub mod outbound;
+pub mod outside;
 pub mod peers;
 mod queue;
 pub mod ranges;
@@ -56,7 +58,7 @@ pub mod update;
 
 use account::{Counters, Waiting};
 use directory::Directory;
-use dns::{Dns, Forward, QueryId, StreamId};
+use dns::{Dns, Forward, Known, QueryId, StreamId};
 use drop::DropReason;
 use fragment::FragmentTable;
 use inbound::Held;
@@ -64,8 +66,10 @@ use journal::{Record, Restored};
 use ladder::{Ladder, Mode, Standing};
 use nat::Flows;
 use noise::{Identity, Transport};
+use outside::Asks;
 use peers::{Peers, Transmit, Transmits};
 use queue::CaptureQueue;
+use ranges::Ranges;
 use routing::{Batch, BatchId, Routing};
 use update::Update;
 
@@ -107,6 +111,9 @@ pub struct Config {
     pub coalesce_udp: bool,
     /// The rung of the ladder.
     pub mode: Mode,
+    /// Address ranges of the cluster's pods and Services. Unknown addresses within them are asked about. Empty: packets to every
+    /// address that no object names are left to the platform.
+    pub ranges: Ranges,
     /// False only in the test build that shows what the DNS gate is for.
     pub dns_gate: bool,
 }
@@ -171,9 +178,10 @@ pub struct Engine {
     /// Before the first directory nobody can say whose restored flow has lost its peer.
     knows_directory: bool,
     routing: Routing,
+    asks: Asks,
     /// None in strict mode.
     ladder: Option<Ladder>,
-    /// Addresses to which older connections may still exist, because the kernel could not destroy them.
+    /// Protected addresses to which older connections may still exist, because the kernel could not destroy them.
     older_flows: BTreeSet<IpAddr>,
     peers: Peers,
     flows: Flows,
@@ -188,6 +196,8 @@ pub struct Engine {
     owned: VecDeque<Owned>,
     owned_now: (Vec<u8>, Range<usize>),
     forwards: VecDeque<Forward>,
+    /// Sockets of the agent towards resolvers of the project.
+    upstreams: BTreeSet<nat::Tuple>,
     next_sweep: Option<Instant>,
     counters: Counters,
 }
@@ -203,6 +213,8 @@ impl Engine {
                 own.push(identity.address);
             }
         }
+        let is_strict = config.mode == Mode::Strict;
+        let asked = if is_strict { config.ranges.clone() } else { Ranges::default() };
         let (flow_seed, peer_seed, queue_seed) = (rng.next_u64(), rng.next_u64(), rng.next_u64());
         let mut coalescer = Coalescer::new();
         coalescer.merge_udp(config.coalesce_udp);
@@ -214,11 +226,12 @@ impl Engine {
             queue: CaptureQueue::new(queue_seed),
             quiet_until: None,
             receive: vec![0; BUFFER_LEN],
-            dns: Dns::new(config.zone, config.resolvers, own.clone(), config.dns_gate),
+            dns: Dns::new(config.zone, config.ranges, config.resolvers, own.clone(), config.dns_gate),
             directory: Directory::new(own.clone()),
             update: Update::NONE,
             knows_directory: false,
-            routing: Routing::new(config.mode != Mode::Strict),
+            routing: Routing::new(!is_strict),
+            asks: Asks::new(asked),
             ladder: Ladder::new(config.mode, own.clone()),
             older_flows: BTreeSet::new(),
             peers: Peers::new(transport, config.port, peer_seed),
@@ -234,6 +247,7 @@ impl Engine {
             owned: VecDeque::new(),
             owned_now: (Vec::new(), 0..0),
             forwards: VecDeque::new(),
+            upstreams: BTreeSet::new(),
             next_sweep: None,
             counters: Counters::default(),
             own,
@@ -241,9 +255,36 @@ impl Engine {
         }
     }
 
+    /// The bytes of our own static keys: they stay where they are as long as the engine lives, also when it is moved.
+    pub fn static_secrets(&self) -> impl Iterator<Item = &[u8]> {
+        self.peers.transport.static_secrets()
+    }
+
     /// A former agent left these addresses protected.
     pub fn adopt(&mut self, addresses: &[IpAddr], now: Now) {
         self.routing.adopt(addresses, now);
+    }
+
+    /// A former agent left these peers connected: their handshakes need not wait for the guard.
+    pub fn adopt_peers(&mut self, addresses: &[IpAddr], now: Now) {
+        for address in addresses {
+            if self.routing.adopt_peer(*address) {
+                self.peers.connect(*address, now);
+            }
+        }
+    }
+
+    /// These addresses were to be retired, and the control thread kept them as they were, because sockets of the pod name them.
+    /// To be called before [`Self::handle_applied`] for that batch, which forgets the addresses otherwise.
+    pub fn handle_named(&mut self, addresses: &[IpAddr], now: Now) {
+        self.routing.handle_named(addresses, now);
+    }
+
+    /// How many former addresses were retired so far. Without ranges the guard lets packets to them pass in clear from then on,
+    /// and the driver warns of it.
+    #[must_use]
+    pub fn retired(&self) -> u64 {
+        self.routing.retired()
     }
 
     /// A former agent ended without notice and left this in the journal. To be called before any directory and any packet.
@@ -286,15 +327,19 @@ impl Engine {
 
     /// The control thread finished a batch.
     pub fn handle_applied(&mut self, batch: BatchId, ok: bool, now: Now) {
-        self.routing.handle_applied(batch, ok, now);
+        for address in self.routing.handle_applied(batch, ok, now) {
+            self.peers.connect(address, now);
+        }
         self.dns.recheck();
         self.retry_held(now);
         self.settle(now);
     }
 
-    /// The kernel cannot destroy the connections to these newly protected addresses: their first segment is refused.
+    /// The kernel cannot destroy the connections to these newly protected addresses: their first segment is refused, as long
+    /// as the addresses are protected.
     pub fn refuse_older_flows(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
-        self.older_flows.extend(addresses);
+        let routing = &self.routing;
+        self.older_flows.extend(addresses.into_iter().filter(|address| routing.is_protected(*address)));
     }
 
     /// The ladder's state; none in strict mode, where everything is captured.
@@ -310,7 +355,8 @@ impl Engine {
 
     /// An answer, or what claims to be one, came on the socket of `query`.
     pub fn handle_dns_answer(&mut self, query: QueryId, answer: Vec<u8>, now: Now) {
-        let taken = self.dns.handle_answer(query, answer, &self.directory, &mut self.routing, now);
+        let Self { directory, routing, asks, .. } = self;
+        let taken = self.dns.handle_answer(query, answer, Known { directory, routing, asks }, now);
         self.count_answer(taken);
         self.settle(now);
     }
@@ -332,7 +378,8 @@ impl Engine {
 
     /// A message came from the resolver on a TCP connection. `false`: the connection has to be closed.
     pub fn handle_stream_answer(&mut self, stream: StreamId, answer: Vec<u8>, now: Now) -> bool {
-        let taken = self.dns.handle_stream_answer(stream, answer, &self.directory, &mut self.routing, now);
+        let Self { directory, routing, asks, .. } = self;
+        let taken = self.dns.handle_stream_answer(stream, answer, Known { directory, routing, asks }, now);
         let ok = taken.is_ok();
         self.count_answer(taken);
         ok
@@ -348,10 +395,11 @@ impl Engine {
             push_icmp(owned, counters, IcmpError::AdminProhibited, packet);
         });
         self.routing.handle_timeout(now);
+        self.handle_asks(now);
         if let Some(ladder) = &mut self.ladder {
             ladder.handle_timeout(now);
         }
-        let (queries, answers) = self.dns.handle_timeout(now);
+        let (queries, answers) = self.dns.handle_timeout(&self.routing, now);
         self.counters.other_drops.add(DropReason::DnsTimeout, queries);
         self.counters.answer_drops.add(DropReason::DnsTimeout, answers);
         self.expire_held(now);
@@ -367,6 +415,7 @@ impl Engine {
         [
             self.peers.poll_timeout(),
             self.routing.poll_timeout(),
+            self.poll_asks_timeout(),
             self.ladder.as_ref().and_then(Ladder::poll_timeout),
             self.dns.poll_timeout(),
             self.held.poll_timeout(),
@@ -392,6 +441,10 @@ impl Engine {
                 self.routing.decide(address, captured);
             }
         }
+        while let Some(forgotten) = self.routing.poll_forgotten() {
+            self.older_flows.remove(&forgotten);
+        }
+        self.asks.plan(&self.routing, now);
         if self.next_sweep.is_none() && !self.flows.is_empty() {
             self.next_sweep = Some(now.instant + SWEEP_INTERVAL);
         }
@@ -405,7 +458,7 @@ impl Engine {
 
     /// The next datagrams for a peer.
     pub fn poll_transmit(&mut self) -> Option<Transmit<'_>> {
-        if let Some(message) = self.peers.transport.poll_transmit() {
+        if let Some(message) = self.peers.poll_message() {
             let (to, bytes) = self.control.insert(message);
             return Some(Transmit { to: *to, segment: bytes.len(), bytes, packets: false });
         }
@@ -420,7 +473,7 @@ impl Engine {
             let (vnet, parts) = (train.vnet, train.parts);
             return Some(Inject { vnet, buffer: &self.receive, parts, origin: Origin::Peer, packets });
         }
-        while let Some((client, resolver, answer)) = self.dns.released_udp(&self.routing) {
+        while let Some((client, resolver, answer)) = self.dns.released_udp(&self.routing, &self.asks) {
             let mut packet = Vec::new();
             if udp_packet(resolver, client, &answer, &mut packet) {
                 push_answer(&mut self.owned, &mut self.counters, packet);
@@ -437,7 +490,7 @@ impl Engine {
 
     /// The next DNS message for a TCP connection of the pod.
     pub fn poll_stream(&mut self) -> Option<(StreamId, Vec<u8>)> {
-        let released = self.dns.released_stream(&self.routing)?;
+        let released = self.dns.released_stream(&self.routing, &self.asks)?;
         self.counters.answered += 1;
         Some(released)
     }

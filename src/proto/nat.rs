@@ -9,6 +9,13 @@
 //! All inbound flows, direct ones too, stand in this one table, so two flows that would become equal after DNAT are
 //! seen: the later gets another source port. Nothing is allocated per packet; the table is capped.
 //!
+//! An entry lives long only after our own pod acknowledged something in it: what a peer sends, alone, keeps nothing. Each
+//! peer has a share of the table (`holders`):
+//!
+//! - while less than half of the table is used, every flow gets an entry
+//! - then a peer that has its share, or more, gets the next entry in the place of one of its own
+//! - in a full table a peer with less than its share gets the place of an entry of the peer that has the most
+//!
 //! Slots that changed are noted for the journal: a flow that begins or ends, a direction or TCP flag seen first.
 //! Source: RFC 4787 and RFC 5382 (time-outs), RFC 6146 §3.5.2.2 (TCP states of a translator, simplified).
 
@@ -21,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Now;
 use super::drop::DropReason;
+use super::holders::Holders;
 use super::journal::FlowRecord;
 use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, protocol};
 
@@ -28,18 +36,25 @@ use crate::wire::packet::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, protocol};
 pub const MAX_FLOWS: usize = 65_536;
 /// Slots looked at per call: were all of them over, the journal would be written for less than half a millisecond.
 const STEP: usize = 256;
-/// Slots looked at to make room in a full table.
-const EVICT: usize = 256;
+/// Entries looked at to make room for another one.
+const EVICT: usize = 64;
+/// Entries beyond which each peer is held to its share.
+const HALF: usize = MAX_FLOWS / 2;
 /// Source ports tried for a flow that would become equal to another.
 const PORTS_TRIED: u16 = 512;
 
 const UDP_UNREPLIED: Duration = Duration::from_secs(60);
 const UDP_STREAM: Duration = Duration::from_secs(180);
 const TCP_UNREPLIED: Duration = Duration::from_secs(120);
+/// Both sides have sent, but our pod has acknowledged nothing since its SYN: a connection made ahead of its use, or by a
+/// flood. The least that RFC 5382 gives a connection, and longer than the two hours between keepalives.
+const TCP_SHAKEN: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
 /// Two idle hours are common; a day is the cap.
 const TCP_OPEN: Duration = Duration::from_secs(24 * 3600);
 const TCP_CLOSED: Duration = Duration::from_secs(60);
 const TCP_RESET: Duration = Duration::from_secs(10);
+/// The longest life, in a table that fills up, of an idle entry of a peer that has more than its share.
+const CROWDED: Duration = Duration::from_secs(20);
 
 /// A flow as the pod's stack sees it. Ports are 0 for protocols without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -104,8 +119,10 @@ const FIN_IN: u8 = 8;
 const RESET: u8 = 16;
 /// Nothing came after a SYN but its answer, which promises nothing: it may be a SYN cookie.
 const HALF_OPEN: u8 = 32;
+/// Our pod acknowledged something by a segment that is neither a SYN nor a reset: it has the connection.
+const ACKED_OUT: u8 = 64;
 /// Every bit of [`FlowRecord::seen`].
-pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET | HALF_OPEN;
+pub(super) const SEEN_ALL: u8 = SEEN_OUT | SEEN_IN | FIN_OUT | FIN_IN | RESET | HALF_OPEN | ACKED_OUT;
 
 /// Which way a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +142,9 @@ impl Flow {
             self.seen = HALF_OPEN;
         } else if tcp_flags & (TCP_SYN | TCP_RST) == 0 {
             self.seen &= !HALF_OPEN;
+            if direction == Direction::Outbound && tcp_flags & TCP_ACK != 0 {
+                self.seen |= ACKED_OUT;
+            }
         }
         let (seen, fin) = match direction {
             Direction::Outbound => (SEEN_OUT, FIN_OUT),
@@ -155,20 +175,39 @@ impl Flow {
         Some(Tuple { protocol: self.tuple.protocol, local: service, remote })
     }
 
+    fn is_hairpin(&self) -> bool {
+        matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. })
+    }
+
+    /// Of a hairpin: what the pod sees of its other side.
+    fn other_side(&self) -> Option<Tuple> {
+        let Tuple { protocol, local, remote } = self.tuple;
+        let (local_port, remote_port) = match self.kind {
+            Kind::HairpinOut { target, alias } => (target, alias),
+            Kind::HairpinBack { service_port, client_port } => (client_port, service_port),
+            Kind::Direct | Kind::Client | Kind::Server { .. } => return None,
+        };
+        Some(Tuple { protocol, local: (local.0, local_port), remote: (remote.0, remote_port) })
+    }
+
     /// Whether packets were seen in both directions.
     pub(super) fn is_replied(&self) -> bool {
         // Both sides of a hairpin are the pod: its packets only ever come from there.
-        matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. })
-            || self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
+        self.is_hairpin() || self.seen & (SEEN_OUT | SEEN_IN) == SEEN_OUT | SEEN_IN
     }
 
-    /// Whether both sides speak: of TCP, whether the handshake is over.
+    /// Whether both sides have sent and, of TCP, the handshake seems to be over. Whether our pod agrees is not known.
+    fn is_shaken(&self) -> bool {
+        self.is_replied() && (self.is_hairpin() || self.seen & HALF_OPEN == 0)
+    }
+
+    /// Whether both sides speak: of TCP, whether our pod has the connection.
     fn is_open(&self) -> bool {
-        let is_hairpin = matches!(self.kind, Kind::HairpinOut { .. } | Kind::HairpinBack { .. });
-        self.is_replied() && (is_hairpin || self.seen & HALF_OPEN == 0)
+        let is_tcp = self.tuple.protocol == protocol::TCP;
+        self.is_shaken() && (!is_tcp || self.is_hairpin() || self.seen & ACKED_OUT != 0)
     }
 
-    /// Whether little is lost with it: nobody answered, or both sides are done.
+    /// Whether little is lost with it: nobody answered, our pod took no part, or both sides are done.
     fn is_idle(&self) -> bool {
         !self.is_open() || self.seen & RESET != 0 || self.seen & (FIN_OUT | FIN_IN) == FIN_OUT | FIN_IN
     }
@@ -194,8 +233,9 @@ impl Flow {
                     TCP_CLOSED
                 }
             }
-            (6, false) => TCP_UNREPLIED,
             (6, true) => TCP_OPEN,
+            (6, false) if self.is_shaken() => TCP_SHAKEN,
+            (6, false) => TCP_UNREPLIED,
             (_, false) => UDP_UNREPLIED,
             (_, true) => UDP_STREAM,
         }
@@ -210,6 +250,7 @@ pub struct Flows {
     by_tuple: HashMap<Tuple, u32, FixedState>,
     /// Server flows by what is on the wire: local = (VIP, port), remote = the client's own address and port.
     by_wire: HashMap<Tuple, u32, FixedState>,
+    holders: Holders,
     cursor: usize,
     /// Slots that the running sweep has looked at.
     swept: usize,
@@ -229,7 +270,8 @@ impl Flows {
             slots: Vec::new(),
             free: Vec::new(),
             by_tuple: HashMap::with_hasher(state.clone()),
-            by_wire: HashMap::with_hasher(state),
+            by_wire: HashMap::with_hasher(state.clone()),
+            holders: Holders::new(state),
             cursor: 0,
             swept: 0,
             lent: None,
@@ -339,6 +381,7 @@ impl Flows {
             wire.into_iter().for_each(|wire| {
                 self.by_wire.insert(wire, slot);
             });
+            self.holders.insert(peer, slot);
             self.slots[slot as usize] = Some(flow);
         }
         let free = (0..).zip(&self.slots).filter(|(_, flow)| flow.is_none());
@@ -424,42 +467,77 @@ impl Flows {
         if let Some(&old) = self.by_tuple.get(&flow.tuple) {
             self.remove(old);
         }
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None if self.slots.len() < MAX_FLOWS => {
-                self.slots.push(None);
-                self.is_noted.push(false);
-                u32::try_from(self.slots.len() - 1).expect("MAX_FLOWS fits u32")
-            }
-            None => self.evict(flow.kind != Kind::Direct).ok_or(DropReason::FlowTableFull)?,
-        };
+        let slot = self.room_for(&flow).ok_or(DropReason::FlowTableFull)?;
         self.by_tuple.insert(flow.tuple, slot);
         if let Some(wire) = flow.wire() {
             self.by_wire.insert(wire, slot);
         }
+        self.holders.insert(flow.peer, slot);
         self.note_lent();
         self.lent = Some(slot);
         Ok(self.slots[slot as usize].insert(flow))
     }
 
-    /// Makes room in a full table, among a bounded number of flows: the first that is idle, else, for one that is not
-    /// carried without an entry, the one longest unseen of those that are made again.
-    fn evict(&mut self, is_needed: bool) -> Option<u32> {
-        let mut oldest: Option<(Instant, usize)> = None;
-        for _ in 0..EVICT {
-            self.cursor = (self.cursor + 1) % self.slots.len();
-            let Some(flow) = &self.slots[self.cursor] else { continue };
+    /// A free slot for `flow`, as far as its peer's share goes; or that of an entry that ends for it.
+    fn room_for(&mut self, flow: &Flow) -> Option<u32> {
+        // A direct flow is carried without an entry, too.
+        let is_needed = flow.kind != Kind::Direct;
+        let share = self.holders.share();
+        if self.len() >= HALF && self.holders.count(flow.peer) >= share {
+            return self.evict(flow.peer, is_needed);
+        }
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        if self.slots.len() < MAX_FLOWS {
+            self.slots.push(None);
+            self.is_noted.push(false);
+            return u32::try_from(self.slots.len() - 1).ok();
+        }
+        let largest = self.holders.largest()?;
+        // Where many peers share the table, and none has too much, no open flow ends while there is an idle one nearby.
+        if self.holders.count(largest) <= share
+            && let Some(slot) = self.evict_idle()
+        {
+            return Some(slot);
+        }
+        self.evict(largest, is_needed)
+    }
+
+    /// Makes room among the oldest entries of `peer`, a bounded number: the first one that is idle, else, for a flow that
+    /// needs an entry, the one longest unseen; those that are made again by their next packet go first.
+    fn evict(&mut self, peer: IpAddr, is_needed: bool) -> Option<u32> {
+        let mut last: Option<((bool, Instant), u32)> = None;
+        for _ in 0..EVICT.min(self.holders.count(peer)) {
+            let slot = self.holders.rotate(peer)?;
+            let Some(flow) = &self.slots[slot as usize] else { continue };
+            let candidate = ((!flow.is_remade(), flow.last_seen), slot);
             if flow.is_idle() {
-                oldest = Some((flow.last_seen, self.cursor));
+                last = Some(candidate);
                 break;
             }
-            let candidate = (flow.last_seen, self.cursor);
-            if is_needed && flow.is_remade() && oldest.is_none_or(|oldest| candidate < oldest) {
-                oldest = Some(candidate);
+            if is_needed && last.is_none_or(|last| candidate < last) {
+                last = Some(candidate);
             }
         }
-        self.remove(u32::try_from(oldest?.1).expect("MAX_FLOWS fits u32"));
+        let (_, slot) = last?;
+        // Half a hairpin is of no use.
+        let other_side = self.slots[slot as usize].as_ref().and_then(Flow::other_side);
+        self.remove(slot);
+        other_side.into_iter().for_each(|tuple| self.forget(&tuple));
         self.free.pop()
+    }
+
+    /// Makes room at the first idle entry of a bounded number of all.
+    fn evict_idle(&mut self) -> Option<u32> {
+        for _ in 0..EVICT {
+            self.cursor = (self.cursor + 1) % self.slots.len();
+            if self.slots[self.cursor].as_ref().is_some_and(Flow::is_idle) {
+                self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
+                return self.free.pop();
+            }
+        }
+        None
     }
 
     fn remove(&mut self, slot: u32) {
@@ -468,6 +546,7 @@ impl Flows {
         if let Some(wire) = flow.wire() {
             self.by_wire.remove(&wire);
         }
+        self.holders.remove(flow.peer, slot);
         self.free.push(slot);
         self.note(slot);
     }
@@ -499,11 +578,13 @@ impl Flows {
     pub fn sweep(&mut self, now: Now) -> bool {
         let whole = self.slots.len();
         let step = (whole - self.swept.min(whole)).min(STEP);
+        let share = self.holders.share();
         for _ in 0..step {
             self.cursor = (self.cursor + 1) % self.slots.len();
-            let over =
-                self.slots[self.cursor].is_some_and(|flow| flow.last_seen + flow.life() <= now.instant);
-            if over {
+            let Some(flow) = &self.slots[self.cursor] else { continue };
+            let is_crowded = self.len() >= HALF && flow.is_idle() && self.holders.count(flow.peer) > share;
+            let life = if is_crowded { flow.life().min(CROWDED) } else { flow.life() };
+            if flow.last_seen + life <= now.instant {
                 self.remove(u32::try_from(self.cursor).expect("MAX_FLOWS fits u32"));
             }
         }
@@ -547,33 +628,164 @@ mod tests {
         assert_eq!((service, client_port), ((VIP, 80), 4000));
     }
 
+    /// The `n`th tuple, to a VIP.
+    fn tuple_of(n: usize) -> Tuple {
+        let (local, remote) = (u16::try_from(n % 60_000).unwrap(), u16::try_from(n / 60_000).unwrap());
+        Tuple { protocol: 6, local: (OWN.0, local), remote: (VIP, remote) }
+    }
+
+    fn peer(n: usize) -> IpAddr {
+        IpAddr::V4((0x0a03_0000 + u32::try_from(n).unwrap()).into())
+    }
+
+    /// Adds the `n`th flow, of a connection that both sides use.
+    fn open(flows: &mut Flows, n: usize, peer: IpAddr, at: Now) -> Tuple {
+        let flow = flows.insert(tuple_of(n), peer, Kind::Client, at).unwrap();
+        flow.touch(Direction::Outbound, TCP_ACK, at);
+        flow.touch(Direction::Inbound, TCP_ACK, at);
+        flow.tuple
+    }
+
     #[test]
-    fn a_full_table_gives_up_flows_that_nobody_answered_and_refuses_where_there_are_none() {
+    fn promise_10_one_peer_gets_half_of_the_table_and_then_room_among_its_own_entries() {
         let mut flows = Flows::new(1);
-        let tuple = |n: usize| Tuple {
-            protocol: 6,
-            local: (OWN.0, u16::try_from(n % 60_000).unwrap()),
-            remote: (VIP, u16::try_from(n / 60_000).unwrap()),
-        };
-        for n in 0..MAX_FLOWS {
-            let flow = flows.insert(tuple(n), CLIENT, Kind::Client, now(0)).unwrap();
-            flow.touch(Direction::Outbound, TCP_ACK, now(0));
-            flow.touch(Direction::Inbound, TCP_ACK, now(0));
+        let others: Vec<_> = (0..100).map(|n| open(&mut flows, n, peer(1), now(0))).collect();
+        for n in 100..2 * MAX_FLOWS {
+            open(&mut flows, n, CLIENT, now(1));
         }
-        assert_eq!(
-            flows.insert(tuple(MAX_FLOWS), CLIENT, Kind::Client, now(0)).unwrap_err(),
-            DropReason::FlowTableFull
-        );
+        assert_eq!(flows.len(), HALF, "half a table for all, then a third for each of two");
+        assert!(others.iter().all(|tuple| flows.get(tuple).is_some()));
+        for n in 0..10_000 {
+            open(&mut flows, 2 * MAX_FLOWS + n, peer(2 + n % 100), now(2));
+        }
+        assert_eq!(flows.len(), HALF + 10_000, "each of the next peers found a free place");
+        assert!(others.iter().all(|tuple| flows.get(tuple).is_some()));
+    }
+
+    #[test]
+    fn promise_10_a_full_table_has_room_for_a_peer_that_has_less_than_the_others() {
+        let mut flows = Flows::new(1);
+        // More than 63 peers: the least share of each fills the table.
+        for n in 0..MAX_FLOWS {
+            open(&mut flows, n, peer(n % 128), now(n as u64 / 1000));
+        }
+        assert_eq!(flows.len(), MAX_FLOWS);
+        for n in 0..500 {
+            open(&mut flows, MAX_FLOWS + n, CLIENT, now(70));
+        }
+        let counts: Vec<_> = (0..128).map(|n| flows.holders.count(peer(n))).collect();
+        assert!(counts.iter().all(|count| (500..=512).contains(count)), "{counts:?}");
+        assert_eq!((flows.len(), flows.holders.count(CLIENT)), (MAX_FLOWS, 500));
+        // An idle one ends first, whoever has it.
+        let idle = flows.insert(tuple_of(99_999), peer(7), Kind::Client, now(71)).unwrap().tuple;
+        for n in 0..MAX_FLOWS / EVICT {
+            open(&mut flows, 80_000 + n, CLIENT, now(72));
+            if flows.get(&idle).is_none() {
+                return;
+            }
+        }
+        panic!("the idle flow is still there");
+    }
+
+    #[test]
+    fn a_sweep_looks_at_a_bounded_number_of_flows_per_call_and_leaves_nothing_behind() {
+        let mut flows = Flows::new(1);
+        for n in 0..MAX_FLOWS {
+            open(&mut flows, n, peer(n % 128), now(0));
+        }
         let mut calls = 1;
         while !flows.sweep(now(24 * 3600)) {
             calls += 1;
         }
-        assert_eq!(calls, MAX_FLOWS / STEP, "a bounded number per call");
-        assert!(flows.is_empty() && flows.by_wire.is_empty());
-        for n in 0..2 * MAX_FLOWS {
-            flows.insert(tuple(n), CLIENT, Kind::Client, now(24 * 3600)).unwrap();
+        assert_eq!(calls, MAX_FLOWS / STEP);
+        assert!(flows.is_empty() && flows.by_wire.is_empty() && flows.holders.largest().is_none());
+    }
+
+    fn sweep(flows: &mut Flows, now: Now) {
+        while !flows.sweep(now) {}
+    }
+
+    #[test]
+    fn promise_10_what_a_peer_sends_keeps_no_flow_that_our_pod_never_acknowledged() {
+        use Direction::{Inbound, Outbound};
+        const BOTH: u8 = TCP_SYN | TCP_ACK;
+        const HOUR: u64 = 3600;
+        let cases: [(&[(Direction, u8)], u64); 9] = [
+            (&[(Inbound, TCP_SYN)], 120),
+            (&[(Inbound, BOTH)], 120),
+            (&[(Inbound, TCP_ACK), (Inbound, TCP_ACK)], 120),
+            (&[(Inbound, BOTH), (Outbound, TCP_RST), (Inbound, TCP_ACK)], 10),
+            (&[(Inbound, TCP_ACK), (Outbound, TCP_RST | TCP_ACK)], 10),
+            (&[(Inbound, TCP_SYN), (Outbound, BOTH)], 120),
+            (&[(Inbound, TCP_SYN), (Outbound, BOTH), (Inbound, TCP_ACK)], 2 * HOUR + 240),
+            (&[(Inbound, TCP_SYN), (Outbound, BOTH), (Inbound, TCP_ACK), (Outbound, TCP_ACK)], 24 * HOUR),
+            (&[(Outbound, TCP_SYN), (Inbound, BOTH), (Outbound, TCP_ACK)], 24 * HOUR),
+        ];
+        for (packets, life) in cases {
+            let mut flows = Flows::new(1);
+            let flow = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap();
+            let tuple = flow.tuple;
+            packets.iter().for_each(|(way, flags)| flow.touch(*way, *flags, now(0)));
+            sweep(&mut flows, now(life - 1));
+            assert!(flows.get(&tuple).is_some(), "{packets:?} before {life} s");
+            // A successor knows nothing of the time before it, and gives no longer life either.
+            let records: Vec<_> =
+                flows.export(now(life)).map(|(slot, flow, _)| (slot, flow, now(life).instant)).collect();
+            let mut restored = Flows::new(2);
+            restored.restore(records);
+            sweep(&mut restored, now(2 * life - 1));
+            assert!(restored.get(&tuple).is_some(), "{packets:?} restored");
+            for (flows, end) in [(&mut flows, life), (&mut restored, 2 * life)] {
+                sweep(flows, now(end));
+                assert!(flows.is_empty(), "{packets:?} after {end} s");
+            }
         }
-        assert_eq!(flows.len(), MAX_FLOWS);
+    }
+
+    #[test]
+    fn promise_10_unanswered_flows_of_a_peer_with_too_many_end_early_in_a_table_that_fills_up() {
+        let mut flows = Flows::new(1);
+        for n in 0..HALF {
+            flows.insert(tuple_of(n), CLIENT, Kind::Client, now(0)).unwrap();
+        }
+        // Its share is a third now.
+        for n in 0..100 {
+            flows.insert(tuple_of(HALF + n), peer(1), Kind::Client, now(0)).unwrap();
+        }
+        sweep(&mut flows, now(19));
+        assert_eq!(flows.len(), HALF + 100);
+        sweep(&mut flows, now(21));
+        assert_eq!(flows.holders.count(peer(1)), 100);
+        assert!(flows.len() < HALF, "{}", flows.len());
+    }
+
+    #[test]
+    fn promise_10_restored_entries_count_for_their_peers() {
+        let mut flows = Flows::new(1);
+        for n in 0..HALF {
+            open(&mut flows, n, if n < 100 { peer(1) } else { CLIENT }, now(0));
+        }
+        let mut restored = Flows::new(2);
+        restored.restore(flows.export(now(0)).map(|(slot, flow, _)| (slot, flow, now(0).instant)));
+        for n in 0..1000 {
+            open(&mut restored, HALF + n, CLIENT, now(1));
+        }
+        assert_eq!((restored.len(), restored.holders.count(peer(1))), (HALF, 100));
+        assert!((0..100).all(|n| restored.get(&tuple_of(n)).is_some()));
+    }
+
+    #[test]
+    fn a_hairpin_that_makes_room_ends_on_both_sides() {
+        let mut flows = Flows::new(1);
+        for n in 0..HALF {
+            let out = tuple_of(n);
+            let target = (OWN.0, 60_000 + u16::try_from(n % 1000).unwrap());
+            flows.insert_hairpin(out, target, now(n as u64 / 100)).unwrap();
+        }
+        let tuples: Vec<_> = flows.slots.iter().flatten().map(|flow| flow.other_side().unwrap()).collect();
+        let halves = tuples.iter().filter(|tuple| flows.get(tuple).is_none()).count();
+        assert_eq!((flows.len() / 2 * 2, halves), (flows.len(), 0));
+        assert!(flows.len() >= HALF && flows.len() <= HALF + 2);
     }
 
     #[test]
@@ -598,7 +810,7 @@ mod tests {
             for n in 0..MAX_FLOWS / 8 {
                 flows.insert(tuple(MAX_FLOWS + n), CLIENT, Kind::Client, now(71)).unwrap();
             }
-            assert_eq!(flows.len(), MAX_FLOWS);
+            assert_eq!(flows.len(), HALF);
             assert!(flows.get_by_wire(&wire((VIP, 80), 4000)).is_some(), "an open connection stays");
         }
     }
@@ -627,10 +839,10 @@ mod tests {
         let flow = flows.insert_server(wire((VIP, 80), 4000), OWN, CLIENT, now(0)).unwrap();
         let tuple = flow.tuple;
         flow.touch(Direction::Inbound, TCP_FIN, now(1));
-        flow.touch(Direction::Outbound, 0, now(1));
-        flows.sweep(now(7200));
-        flows.get(&tuple).unwrap().touch(Direction::Outbound, TCP_FIN, now(7200));
-        flows.sweep(now(7261));
+        flow.touch(Direction::Outbound, TCP_ACK, now(1));
+        flows.sweep(now(20_000));
+        flows.get(&tuple).unwrap().touch(Direction::Outbound, TCP_FIN, now(20_000));
+        flows.sweep(now(20_061));
         assert!(flows.get(&tuple).is_none() && flows.get_by_wire(&wire((VIP, 80), 4000)).is_none());
     }
 

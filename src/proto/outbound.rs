@@ -2,7 +2,8 @@
 //!
 //! 1. `agent::tun` hands over a burst from `tenc0`: one packet, or a super-packet that is cut below; it waits for the turn of
 //!    its flow (`proto::queue`)
-//! 2. DNS to a captured resolver goes to `proto::dns`
+//! 2. DNS to a captured resolver goes to `proto::dns`; to a resolver of the project it comes back, as what the agent's own
+//!    sockets send
 //! 3. the flow table (or, for a new flow to a VIP, the balancer) names the peer
 //! 4. answers to flows that came through a VIP get the VIP back as their source
 //! 5. the burst is cut, and each packet sealed into a record by the peer's session, or staged while there is none
@@ -30,6 +31,8 @@ const DNS_PORT: u16 = 53;
 /// How long a quiet flow counts after its last packet.
 const QUIET_LIFE: Duration = Duration::from_millis(100);
 const UDP_HEADER: usize = 8;
+/// Sockets of the agent towards resolvers of the project: every query and every connection that may be under way.
+const UPSTREAMS: usize = 1024;
 
 /// Where a captured packet goes.
 #[derive(Clone, Copy, Debug)]
@@ -120,9 +123,7 @@ impl Engine {
     fn check_helper(&self, burst: &[u8]) -> Result<(), DropReason> {
         let bytes = burst.get(VNET_HEADER_LEN..).ok_or(DropReason::Malformed)?;
         let packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
-        if !is_unicast(packet.source) || !is_unicast(packet.destination) {
-            return Err(DropReason::LinkScope);
-        }
+        // A resolver may have an address of link scope.
         let from_resolver = packet.protocol == protocol::TCP
             && packet.ports(bytes).is_some_and(|(source, _)| source == DNS_PORT)
             && self.dns.is_resolver(packet.source);
@@ -144,26 +145,26 @@ impl Engine {
         let bytes = burst.get_mut(VNET_HEADER_LEN..).ok_or(DropReason::Malformed)?;
         let packet = Packet::parse(bytes).ok_or(DropReason::Malformed)?;
         let bytes = &mut bytes[..packet.len];
-        if !is_unicast(packet.destination) {
+        // Before every rule about scope: a node-local DNS cache has a link-local address.
+        let query = self.dns_tuple(bytes, &packet);
+        if query.is_none() && !is_unicast(packet.destination) {
             return Err(DropReason::LinkScope);
         }
         if !self.own.contains(&packet.source) {
             return Err(DropReason::NotOwner);
         }
-        // A resolver of our own project is a peer like any other: its answers come sealed.
-        let ours =
-            self.peers.contains(packet.destination) || self.directory.vip(packet.destination).is_some();
-        if self.dns.is_resolver(packet.destination) && !ours {
-            match (packet.protocol, packet.ports(bytes)) {
-                (protocol::TCP, Some((_, DNS_PORT))) => return Ok(Captured::DnsStream),
-                (protocol::UDP, Some((source, DNS_PORT))) if vnet.gso == Gso::None => {
-                    self.capture_query(bytes, &packet, source, now)?;
-                    return Ok(Captured::Done);
-                }
-                // Several queries in one send with UDP_SEGMENT.
-                (protocol::UDP, Some((_, DNS_PORT))) => return Err(DropReason::DnsMalformed),
-                _ => {}
+        if let Some(tuple) = query
+            && !self.is_upstream(&tuple, packet.tcp_flags(bytes).unwrap_or(0))
+        {
+            if packet.protocol == protocol::TCP {
+                return Ok(Captured::DnsStream);
             }
+            // Several queries in one send with UDP_SEGMENT.
+            if vnet.gso != Gso::None {
+                return Err(DropReason::DnsMalformed);
+            }
+            self.capture_query(bytes, &packet, tuple.local.1, now)?;
+            return Ok(Captured::Done);
         }
         if packet.protocol == protocol::UDP
             && packet.ports(bytes).is_some_and(|(source, _)| source == self.port)
@@ -173,6 +174,7 @@ impl Engine {
         match self.route(bytes, &packet, now) {
             Ok(Route::Peer(peer, change)) => self.seal_burst(peer, &change, bytes, &packet, vnet, now)?,
             Ok(Route::Hairpin(change)) => {
+                self.check_source(packet.destination)?;
                 rewrite::apply(bytes, &packet, &change, vnet.partial_checksum.is_some());
                 self.counters.hairpinned += packets;
                 self.owned.push_back(Owned { origin: Origin::Pod, packets, vnet, bytes: bytes.to_vec() });
@@ -189,6 +191,59 @@ impl Engine {
         Ok(Captured::Done)
     }
 
+    /// Both ends of a packet to port 53 of a captured resolver.
+    fn dns_tuple(&self, bytes: &[u8], packet: &Packet) -> Option<Tuple> {
+        let (source, destination) = packet.ports(bytes)?;
+        let tuple = Tuple {
+            protocol: packet.protocol,
+            local: (packet.source, source),
+            remote: (packet.destination, destination),
+        };
+        self.is_dns(&tuple).then_some(tuple)
+    }
+
+    /// Whether this is DNS with a captured resolver.
+    pub(super) fn is_dns(&self, tuple: &Tuple) -> bool {
+        tuple.remote.1 == DNS_PORT
+            && matches!(tuple.protocol, protocol::TCP | protocol::UDP)
+            && self.dns.is_resolver(tuple.remote.0)
+    }
+
+    /// Whether this DNS is between a socket of the agent and a resolver of the project, not an application's. A connection
+    /// says its last words after its socket is closed: its flow is known by then, but a SYN needs the socket.
+    pub(super) fn is_upstream(&mut self, tuple: &Tuple, flags: u8) -> bool {
+        if self.upstreams.contains(tuple) {
+            return true;
+        }
+        let opens = flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
+        if tuple.protocol != protocol::TCP || opens {
+            self.flows.forget(tuple);
+            return false;
+        }
+        self.flows.get(tuple).is_some()
+    }
+
+    /// Whether DNS to this resolver is to be sealed: exactly where the guard lets none of it leave in clear. It has to be
+    /// sent from a socket that is neither marked nor bound to a port of the agent's range, see [`Self::open_upstream`].
+    #[must_use]
+    pub fn is_sealed(&self, resolver: IpAddr) -> bool {
+        self.routing.is_protected(resolver) && !self.routing.is_passed(resolver)
+    }
+
+    /// The agent's own socket sends DNS to a resolver of the project: what comes from it is sealed, not captured again. `false`:
+    /// there are too many.
+    pub fn open_upstream(&mut self, socket: Tuple) -> bool {
+        self.upstreams.len() < UPSTREAMS && self.upstreams.insert(socket)
+    }
+
+    /// The socket is closed. An application may get its port: what is still sent to it must not go past the DNS gate.
+    pub fn close_upstream(&mut self, socket: &Tuple) {
+        self.upstreams.remove(socket);
+        if socket.protocol == protocol::UDP {
+            self.flows.forget(socket);
+        }
+    }
+
     fn capture_query(
         &mut self,
         bytes: &[u8],
@@ -202,7 +257,8 @@ impl Engine {
         let client = SocketAddr::new(packet.source, source);
         let resolver = SocketAddr::new(packet.destination, DNS_PORT);
         let query = bytes.get(packet.transport + 8..).ok_or(DropReason::DnsMalformed)?;
-        let forward = self.dns.handle_query(client, resolver, query, &mut self.rng, now)?;
+        let mut forward = self.dns.handle_query(client, resolver, query, &mut self.rng, now)?;
+        forward.sealed = self.is_sealed(packet.destination);
         self.counters.dns_forwarded += 1;
         self.forwards.push_back(forward);
         Ok(())
@@ -375,7 +431,7 @@ impl Engine {
             let packets = packets_of(&burst);
             match self.capture_burst(&mut burst, packets, Some(deadline), now) {
                 Ok(Captured::Done) => {}
-                // The resolver was one of the project, and is not any more: its connection begins anew.
+                // The agent's own connection to a resolver of the project was closed meanwhile.
                 Ok(Captured::DnsStream) => {
                     self.counters.outbound_drops.add(DropReason::UnknownDestination, packets);
                 }

@@ -2,6 +2,8 @@
 //!
 //! A packet for a peer without a session is staged (128 per peer, 3 s each) while the handshake runs. What the time
 //! catches up with is answered with an ICMP error by the engine: an application learns at once that nobody is there.
+//! A handshake message for a peer that the guard does not know yet (`RouteChange::Connect`) waits for it: the guard would
+//! refuse it, and the next retry comes a quarter of a second later.
 //! Peers with a session are noted for the journal; those of a former agent get a handshake as soon as they are named.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -28,6 +30,8 @@ use crate::wire::segment::Cut;
 const STAGED: usize = 128;
 /// Packets staged for all peers together: an application that calls everybody at once costs at most 6 MiB (with an MTU of 1,500).
 const STAGED_TOTAL: usize = 4096;
+/// Handshake messages that wait until a peer is connected: a response and an initiation. Older ones are of no use.
+const MESSAGES: usize = 2;
 /// Peers whose packets are given up per call: each may have 128.
 const STEP: usize = 2;
 /// How long a packet waits for a session.
@@ -209,6 +213,19 @@ struct Peer {
     address: IpAddr,
     staged: VecDeque<Staged>,
     packets: usize,
+    /// The guard lets datagrams to it out.
+    connected: bool,
+    /// Once it does, a handshake begins without waiting for traffic.
+    begins: bool,
+    /// Handshake messages for it until then.
+    messages: VecDeque<(SocketAddr, Vec<u8>)>,
+}
+
+impl Peer {
+    fn new(address: IpAddr, connected: bool) -> Self {
+        let (staged, messages) = (VecDeque::new(), VecDeque::new());
+        Self { address, staged, packets: 0, connected, begins: false, messages }
+    }
 }
 
 /// Every peer of the directory.
@@ -254,9 +271,48 @@ impl Peers {
             if let Some(&id) = self.by_address.get(address)
                 && self.live.take_wanted(*address)
             {
-                self.to_begin.push_back((now.instant, id));
+                self.begin(id, now);
             }
         }
+    }
+
+    /// A handshake begins as soon as the peer is connected.
+    fn begin(&mut self, id: PeerId, now: Now) {
+        let Some(peer) = self.by_id.get_mut(&id) else { return };
+        peer.begins = !peer.connected;
+        if peer.connected {
+            self.to_begin.push_back((now.instant, id));
+        }
+    }
+
+    /// The guard lets datagrams to this peer out: what waited for that goes.
+    pub(super) fn connect(&mut self, address: IpAddr, now: Now) {
+        let Some(&id) = self.by_address.get(&address) else { return };
+        let Some(peer) = self.by_id.get_mut(&id) else { return };
+        peer.connected = true;
+        for (to, message) in std::mem::take(&mut peer.messages) {
+            self.transport.send_on(to, message);
+        }
+        if std::mem::take(&mut peer.begins) {
+            self.to_begin.push_back((now.instant, id));
+        }
+    }
+
+    /// The next handshake message or keepalive, and where to.
+    pub(super) fn poll_message(&mut self) -> Option<(SocketAddr, Vec<u8>)> {
+        while let Some((to, message)) = self.transport.poll_transmit() {
+            let id = self.by_address.get(&to.ip());
+            match id.and_then(|id| self.by_id.get_mut(id)).filter(|peer| !peer.connected) {
+                None => return Some((to, message)),
+                Some(peer) => {
+                    if peer.messages.len() >= MESSAGES {
+                        peer.messages.pop_front();
+                    }
+                    peer.messages.push_back((to, message));
+                }
+            }
+        }
+        None
     }
 
     /// Runs the timers of a session, and begins a handshake that waits: one per call.
@@ -322,7 +378,7 @@ impl Peers {
             if self.transport.import(id, transport, then, now) {
                 self.live.insert(address);
             } else if wanted {
-                self.to_begin.push_back((now.instant, id));
+                self.begin(id, now);
             }
             for old in staged.into_iter().filter_map(|old| old.import(then)) {
                 self.send_staged(id, old, transmits, now, counters);
@@ -330,16 +386,17 @@ impl Peers {
         }
     }
 
-    /// Adds a workload, or replaces its keys; returns how many staged packets went with the old ones.
-    pub fn set(&mut self, workload: Workload, now: Now) -> usize {
+    /// Adds a workload, or replaces its keys; returns how many staged packets went with the old ones. `connected`: the guard
+    /// lets datagrams to it out already.
+    pub fn set(&mut self, workload: Workload, connected: bool, now: Now) -> usize {
         let wanted = self.live.take_wanted(workload.address);
         let staged = self.remove(workload.address);
         let Workload { address, keys, accept } = workload;
         let id = self.transport.add_peer(PeerConfig { address, port: self.port, keys, accept }, now);
         self.by_address.insert(address, id);
-        self.by_id.insert(id, Peer { address, staged: VecDeque::new(), packets: 0 });
+        self.by_id.insert(id, Peer::new(address, connected));
         if wanted {
-            self.to_begin.push_back((now.instant, id));
+            self.begin(id, now);
         }
         staged
     }

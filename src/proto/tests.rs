@@ -1,6 +1,6 @@
 //! Simulation of whole engines: a fake clock, a network that is a queue, and a kernel that applies batches when told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -11,15 +11,21 @@ use super::dns::StreamId;
 use super::drop::DropReason;
 use super::ladder::Mode;
 use super::noise::{Identity, Options, PeerKeys, PresharedKey, StaticSecret};
-use super::routing::Batch;
+use super::peers::Transmit;
+use super::ranges::Ranges;
+use super::routing::{Batch, RouteChange};
 use super::{Config, Engine, Now, test_start};
 use crate::wire::vnet::{Gso, VNET_HEADER_LEN, VnetHeader};
 
 mod accounting;
 mod dns;
 mod flood;
+mod flows;
 mod inbound;
 mod ladder;
+mod outside;
+mod peers;
+mod resolvers;
 mod survival;
 mod update;
 
@@ -35,6 +41,8 @@ const SERVER: [&str; 2] = ["10.1.2.2", "fd00::2:2"];
 const THIRD: [&str; 2] = ["10.1.3.3", "fd00::3:3"];
 const VIP: [&str; 2] = ["10.96.0.80", "fd00:96::80"];
 const RESOLVER: &str = "10.96.0.10";
+/// A cache on the node, as NodeLocal DNSCache has it.
+const NODE_CACHE: &str = "169.254.20.10";
 
 fn secret(address: IpAddr) -> StaticSecret {
     let mut key = [7; 32];
@@ -64,10 +72,14 @@ fn vip(address: &str, endpoints: &[&str]) -> Change {
 }
 
 fn engine(seed: u8, own: &[IpAddr], mode: Mode) -> Engine {
-    Engine::new(Config {
+    Engine::new(config(seed, own, mode))
+}
+
+fn config(seed: u8, own: &[IpAddr], mode: Mode) -> Config {
+    Config {
         identities: own.iter().map(|a| Identity { address: *a, secret: secret(*a) }).collect(),
         port: PORT,
-        resolvers: vec![ip(RESOLVER)],
+        resolvers: vec![ip(RESOLVER), ip(NODE_CACHE)],
         zone: Some("shop.svc.cluster.local.".parse().unwrap()),
         link_mtu: 1450,
         seed: [seed; 32],
@@ -76,8 +88,9 @@ fn engine(seed: u8, own: &[IpAddr], mode: Mode) -> Engine {
         coalesce: true,
         coalesce_udp: true,
         mode,
+        ranges: Ranges::default(),
         dns_gate: true,
-    })
+    }
 }
 
 struct Node {
@@ -86,6 +99,8 @@ struct Node {
     inbox: Vec<(VnetHeader, Vec<u8>)>,
     batches: Vec<Batch>,
     applied: Vec<Batch>,
+    /// The guard's set: sealed datagrams and handshake messages may go there.
+    peers: BTreeSet<IpAddr>,
     applies: bool,
     /// No agent: nobody reads the tunnel's port.
     absent: bool,
@@ -116,6 +131,7 @@ impl Network {
                 inbox: Vec::new(),
                 batches: Vec::new(),
                 applied: Vec::new(),
+                peers: BTreeSet::new(),
                 applies: true,
                 absent: false,
                 unread: 0,
@@ -191,12 +207,16 @@ impl Network {
                 if node.applies {
                     for batch in std::mem::take(&mut node.batches) {
                         node.engine.handle_applied(batch.id, true, self.now);
+                        node.note_peers(&batch);
                         node.applied.push(batch);
                         moved = true;
                     }
                 }
                 let mut sent = Vec::new();
                 while let Some(t) = node.engine.poll_transmit() {
+                    // The guard would answer EPERM, and the datagram would be lost.
+                    assert!(node.peers.contains(&t.to.ip()), "sent to {} before it is connected", t.to);
+                    check_transmit(&t);
                     sent.push((t.to, t.bytes.to_vec(), t.segment));
                 }
                 if self.nodes[n].absent {
@@ -242,11 +262,40 @@ impl Network {
 }
 
 impl Node {
+    fn note_peers(&mut self, batch: &Batch) {
+        for change in &batch.changes {
+            match change {
+                RouteChange::Connect(address) => drop(self.peers.insert(*address)),
+                RouteChange::Disconnect(address) => drop(self.peers.remove(address)),
+                _ => {}
+            }
+        }
+    }
+
     fn collect(&mut self) {
         while let Some(packet) = self.engine.poll_inject() {
             let bytes = packet.parts.iter().flat_map(|range| packet.buffer[range.clone()].to_vec()).collect();
             self.inbox.push((packet.vnet, bytes));
         }
+    }
+}
+
+/// The guard reads the type word of a train's first segment, and asks for the exact length of what is not data: initiation,
+/// response, cookie. So each of those is a datagram of its own, and a train is of data alone.
+fn check_transmit(transmit: &Transmit<'_>) {
+    let Transmit { bytes, segment, packets, .. } = transmit;
+    let kinds = bytes
+        .chunks(*segment)
+        .map(|datagram| (datagram[..4] == [datagram[0], 0, 0, 0]).then_some(datagram[0]));
+    let kinds: Vec<_> = kinds.collect();
+    match (*packets, kinds[..].first().copied().flatten()) {
+        (false, Some(kind @ 1..=3)) => {
+            let length = [148, 92, 64][usize::from(kind) - 1];
+            assert_eq!((bytes.len(), *segment), (length, length), "message of type {kind}");
+        }
+        (false, Some(4)) => assert_eq!((bytes.len(), *segment), (32, 32), "keepalive"),
+        (true, Some(4)) => assert!(kinds.iter().all(|kind| *kind == Some(4)), "{kinds:?}"),
+        _ => panic!("{kinds:?} of {} bytes", bytes.len()),
     }
 }
 
@@ -275,6 +324,21 @@ fn syn(source: (&str, u16), destination: (&str, u16)) -> Vec<u8> {
     let mut out = Vec::new();
     let built = builder(ip(source.0), ip(destination.0)).tcp(source.1, destination.1, 1000, 64_000).syn();
     built.write(&mut out, &[]).unwrap();
+    out
+}
+
+fn syn_ack(source: (&str, u16), destination: (&str, u16)) -> Vec<u8> {
+    let mut out = Vec::new();
+    let built = builder(ip(source.0), ip(destination.0)).tcp(source.1, destination.1, 1000, 64_000);
+    built.syn().ack(1001).write(&mut out, &[]).unwrap();
+    out
+}
+
+/// A segment with ACK set.
+fn data(source: (&str, u16), destination: (&str, u16), payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let built = builder(ip(source.0), ip(destination.0)).tcp(source.1, destination.1, 1001, 64_000).ack(1);
+    built.write(&mut out, payload).unwrap();
     out
 }
 

@@ -250,7 +250,8 @@ impl Engine {
                 if let Some(ladder) = &mut self.ladder {
                     ladder.set_peer(workload.address, now);
                 }
-                let staged = self.peers.set(workload, now);
+                let connected = self.routing.connect(workload.address);
+                let staged = self.peers.set(workload, connected, now);
                 self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
             }
             Effect::WorkloadRemoved(address) => {
@@ -260,8 +261,10 @@ impl Engine {
                 self.update.gone.insert(address);
                 let staged = self.peers.remove(address);
                 self.counters.outbound_drops.add(DropReason::PeerGone, staged as u64);
+                self.routing.disconnect(address);
                 if self.directory.vip(address).is_none() {
-                    self.routing.remove_from_directory(address, now);
+                    let exempt = self.directory.is_exempt(address);
+                    self.routing.remove_from_directory(address, exempt, now);
                 }
             }
             Effect::VipSet(address) => {
@@ -278,7 +281,8 @@ impl Engine {
                     ladder.remove_vip(address);
                 }
                 if !self.directory.is_workload(address) {
-                    self.routing.remove_from_directory(address, now);
+                    let exempt = self.directory.is_exempt(address);
+                    self.routing.remove_from_directory(address, exempt, now);
                 }
             }
             Effect::Exempt(address) => self.routing.exempt(address, now),
@@ -290,6 +294,7 @@ impl Engine {
     fn conclude_update(&mut self, now: Now) {
         self.update = Update::NONE;
         self.knows_directory = true;
+        self.routing.disconnect_adopted();
         self.directory.forget_served(now);
         self.retry_unrouted(now);
         self.retry_held(now);

@@ -86,6 +86,8 @@ pub struct Lesson {
     pub owned: BTreeSet<(Name, IpAddr)>,
     /// Names inside the zone, with the names that they are said to stand for.
     pub targets: BTreeSet<(Name, Name)>,
+    /// Addresses that the question leads to by names outside the zone.
+    pub outside: BTreeSet<IpAddr>,
     /// Where the question is inside the zone: addresses of the answer section whose owner the question does not lead to, or whose
     /// class or type is one that careless readers take for an address.
     pub loose: BTreeSet<IpAddr>,
@@ -98,6 +100,16 @@ pub struct Unparsed {
     pub in_zone: bool,
 }
 
+/// The project's zone, if it is known.
+#[derive(Clone, Copy)]
+struct Zone<'a>(Option<&'a Name>);
+
+impl Zone<'_> {
+    fn holds(self, name: &Name) -> bool {
+        self.0.is_some_and(|zone| zone.zone_of(name))
+    }
+}
+
 struct Record<'a> {
     owner: Name,
     kind: u16,
@@ -107,17 +119,19 @@ struct Record<'a> {
     data_at: usize,
 }
 
-/// Reads an answer: the addresses that belong to names inside `zone`, reached from the question through CNAME records
-/// or named as the target of one of its SRV or SVCB records. Glue and unrelated records teach nothing.
+/// Reads an answer: the addresses that the question leads to, through CNAME records or as the target of one of its SRV or
+/// SVCB records, by names inside `zone` and by other ones. Glue and unrelated records teach nothing. Without a zone every
+/// name is outside.
 ///
 /// # Errors
 /// [`Unparsed`] where the message is cut off, has trailing bytes, or a name or address in it is malformed.
-pub fn lesson(message: &[u8], zone: &Name) -> Result<Lesson, Unparsed> {
+pub fn lesson(message: &[u8], zone: Option<&Name>) -> Result<Lesson, Unparsed> {
+    let zone = Zone(zone);
     let mut in_zone = false;
     read_lesson(message, zone, &mut in_zone).ok_or(Unparsed { in_zone })
 }
 
-fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson> {
+fn read_lesson(message: &[u8], zone: Zone<'_>, in_zone: &mut bool) -> Option<Lesson> {
     let mut decoder = BinDecoder::new(message);
     let mut steps = STEPS;
     read_u16(&mut decoder)?;
@@ -126,7 +140,7 @@ fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson
     let mut asked = Vec::new();
     for _ in 0..questions? {
         let name = read_name(message, &mut decoder, &mut steps)?;
-        *in_zone |= zone.zone_of(&name);
+        *in_zone |= zone.holds(&name);
         decoder.read_slice(4).ok()?;
         asked.push(name);
     }
@@ -139,7 +153,7 @@ fn read_lesson(message: &[u8], zone: &Name, in_zone: &mut bool) -> Option<Lesson
         for _ in 0..count? {
             let record = read_record(message, &mut decoder, &mut steps)?;
             // An answer from outside that leads into the zone counts as one about the zone.
-            *in_zone |= zone.zone_of(&record.owner);
+            *in_zone |= zone.holds(&record.owner);
             records.push(record);
         }
         Some(records)
@@ -167,7 +181,7 @@ fn read_record<'a>(message: &[u8], decoder: &mut BinDecoder<'a>, steps: &mut usi
 
 fn collect(
     message: &[u8],
-    zone: &Name,
+    zone: Zone<'_>,
     asked: &[Name],
     answer: &[Record<'_>],
     additional: &[Record<'_>],
@@ -191,7 +205,7 @@ fn collect(
         }
         reached.insert(name);
     }
-    if asked.iter().any(|name| zone.zone_of(name)) {
+    if asked.iter().any(|name| zone.holds(name)) {
         let is_led_to = |r: &&&Record<'_>| matches!(r.kind, TYPE_A | TYPE_AAAA) && reached.contains(&r.owner);
         lesson.loose.extend(odd.iter().filter_map(|record| careless(record)));
         lesson.loose.extend(proper.iter().filter(|r| !is_led_to(r)).filter_map(|record| careless(record)));
@@ -232,20 +246,22 @@ fn careless(record: &Record<'_>) -> Option<IpAddr> {
     }
 }
 
-fn lead(lesson: &mut Lesson, zone: &Name, owner: &Name, target: &Name) {
-    if zone.zone_of(owner) {
+fn lead(lesson: &mut Lesson, zone: Zone<'_>, owner: &Name, target: &Name) {
+    if zone.holds(owner) {
         lesson.targets.insert((owner.clone(), target.clone()));
     }
 }
 
-fn learn(lesson: &mut Lesson, zone: &Name, owner: &Name, ttl: u32, addresses: &[IpAddr]) {
-    if zone.zone_of(owner) {
-        // RFC 2181 §8: a TTL with the top bit set is zero.
-        let ttl = if ttl > i32::MAX.unsigned_abs() { 0 } else { ttl };
-        for address in addresses {
-            lesson.addresses.entry(*address).and_modify(|old| *old = ttl.min(*old)).or_insert(ttl);
-            lesson.owned.insert((owner.clone(), *address));
-        }
+fn learn(lesson: &mut Lesson, zone: Zone<'_>, owner: &Name, ttl: u32, addresses: &[IpAddr]) {
+    if !zone.holds(owner) {
+        lesson.outside.extend(addresses);
+        return;
+    }
+    // RFC 2181 §8: a TTL with the top bit set is zero.
+    let ttl = if ttl > i32::MAX.unsigned_abs() { 0 } else { ttl };
+    for address in addresses {
+        lesson.addresses.entry(*address).and_modify(|old| *old = ttl.min(*old)).or_insert(ttl);
+        lesson.owned.insert((owner.clone(), *address));
     }
 }
 
@@ -360,7 +376,7 @@ mod tests {
     }
 
     fn learned(message: &[u8]) -> Vec<String> {
-        lesson(message, &zone()).unwrap().addresses.keys().map(ToString::to_string).collect()
+        lesson(message, Some(&zone())).unwrap().addresses.keys().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -373,7 +389,7 @@ mod tests {
         ] {
             let mut m = message(question, &answers, &[]);
             m[2] |= 0x28;
-            assert_eq!(lesson(&m, &zone()), expected);
+            assert_eq!(lesson(&m, Some(&zone())), expected);
         }
     }
 
@@ -410,6 +426,33 @@ mod tests {
         assert!(learned(&outside).is_empty());
     }
 
+    fn outside(message: &[u8], zone: Option<&Name>) -> Vec<String> {
+        lesson(message, zone).unwrap().outside.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn addresses_that_names_outside_the_zone_lead_to_are_told_apart_and_glue_is_not_among_them() {
+        let srv = [&[0, 0, 0, 0, 0, 80][..], &name("a.bank.test")].concat();
+        let svcb = [0, 1, 0, 0, 4, 0, 4, 10, 1, 0, 7];
+        let m = message(
+            "www.bank.test",
+            &[
+                record("www.bank.test", 5, &name("b.bank.test")),
+                record("b.bank.test", 1, &[10, 1, 0, 1]),
+                record("b.bank.test", 33, &srv),
+                record("b.bank.test", 65, &svcb),
+                record("stray.bank.test", 1, &[10, 1, 0, 9]),
+            ],
+            &[record("a.bank.test", 1, &[10, 1, 0, 3]), record("glue.bank.test", 1, &[10, 1, 0, 8])],
+        );
+        assert_eq!(outside(&m, Some(&zone())), ["10.1.0.1", "10.1.0.3", "10.1.0.7"]);
+        assert!(learned(&m).is_empty());
+        let own = [record("web.shop.svc.cluster.local", 1, &[10, 96, 0, 1])];
+        let inside = message("web.shop.svc.cluster.local", &own, &[]);
+        assert!(outside(&inside, Some(&zone())).is_empty());
+        assert_eq!(outside(&inside, None), ["10.96.0.1"], "without a zone every name is outside");
+    }
+
     #[test]
     fn glue_and_unrelated_records_teach_nothing_but_srv_and_svcb_targets_do() {
         let glue = message(
@@ -439,10 +482,10 @@ mod tests {
             &[],
         );
         for end in 0..m.len() {
-            let unparsed = lesson(&m[..end], &zone()).unwrap_err();
+            let unparsed = lesson(&m[..end], Some(&zone())).unwrap_err();
             assert_eq!(unparsed.in_zone, end >= HEADER_LEN + 28, "{end}");
         }
-        assert!(lesson(&[m, vec![0]].concat(), &zone()).is_err());
+        assert!(lesson(&[m, vec![0]].concat(), Some(&zone())).is_err());
     }
 
     #[test]
@@ -451,7 +494,7 @@ mod tests {
         looped[7] = 1;
         let at = u8::try_from(looped.len()).unwrap();
         looped.extend([0xc0, at, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 1, 2, 3, 4]);
-        assert_eq!(lesson(&looped, &zone()), Err(Unparsed { in_zone: true }));
+        assert_eq!(lesson(&looped, Some(&zone())), Err(Unparsed { in_zone: true }));
         let chain: Vec<_> = (0..1500)
             .rev()
             .map(|i| record(&format!("c{i}"), 5, &name(&format!("c{}", (i + 1) % 1500))))
@@ -464,13 +507,15 @@ mod tests {
         for kind in [1, 5, 28, 33, 64, 65] {
             for len in 0..9 {
                 for owner in ["web.shop.svc.cluster.local", "a.attacker.example"] {
-                    let _ = lesson(&message(owner, &[record(owner, kind, &vec![0xff; len])], &[]), &zone());
-                    let _ = lesson(&message(owner, &[record(owner, kind, &vec![0; len])], &[]), &zone());
+                    let _ =
+                        lesson(&message(owner, &[record(owner, kind, &vec![0xff; len])], &[]), Some(&zone()));
+                    let _ =
+                        lesson(&message(owner, &[record(owner, kind, &vec![0; len])], &[]), Some(&zone()));
                 }
             }
         }
         let srv = message("a.attacker.example", &[record("a.attacker.example", 33, &[])], &[]);
-        assert_eq!(lesson(&srv, &zone()), Err(Unparsed { in_zone: false }));
+        assert_eq!(lesson(&srv, Some(&zone())), Err(Unparsed { in_zone: false }));
     }
 
     #[test]
@@ -490,7 +535,7 @@ mod tests {
             m.extend([0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 10, 96, 0, 1]);
         }
         m[6..8].copy_from_slice(&2001u16.to_be_bytes());
-        assert_eq!(lesson(&m, &zone()), Err(Unparsed { in_zone: true }));
+        assert_eq!(lesson(&m, Some(&zone())), Err(Unparsed { in_zone: true }));
     }
 
     #[test]
@@ -505,7 +550,7 @@ mod tests {
             &[],
         );
         m.push(0);
-        assert_eq!(lesson(&m, &zone()), Err(Unparsed { in_zone: true }));
+        assert_eq!(lesson(&m, Some(&zone())), Err(Unparsed { in_zone: true }));
     }
 
     #[test]
@@ -524,7 +569,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
-            let _ = lesson(&bytes, &zone());
+            let _ = lesson(&bytes, Some(&zone()));
             let _ = answers(&bytes, &bytes);
         }
     }

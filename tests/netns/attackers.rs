@@ -88,8 +88,9 @@ pub struct Attack<'l> {
 }
 
 impl<'l> Attack<'l> {
-    /// On `victim`, which is on the attacker's bridge.
+    /// On `victim`, which is on the attacker's bridge. What the attacker says in its own name is another project's traffic.
     pub fn on(lab: &'l Lab, victim: &str) -> Self {
+        lab.declare_hosts(lab.pod(ATTACKER).addresses());
         let (attacker, victim) = (lab.pod(ATTACKER), lab.pod(victim));
         Self { attacker, victim, device: attacker.sniff(), macs: (attacker.mac(), victim.mac()) }
     }

@@ -166,7 +166,7 @@ impl Flow {
                 let receiver = to.udp(target);
                 receiver.set_read_timeout(Some(ARRIVAL)).expect("time-out");
                 let packet = packets::udp(source.ip(), target.ip(), source.port(), target.port(), CANARY);
-                let _ = from.send_frame(&packets::frame(from.mac(), [0xff; 6], &packet));
+                let _ = from.send_frame(&packets::frame(from.mac(), to.mac(), &packet));
                 receive(|buffer| receiver.recv(buffer), CANARY.len())
             }
             Raw => {
@@ -281,6 +281,7 @@ fn audit_and_strict(lab: &Lab) {
     drop(launched);
 
     let _launched = WITH_AGENT.map(|pod| launch(lab, pod, "strict"));
+    lab.declare_hosts(["bank-client", "bank-server"].iter().flat_map(|pod| lab.pod(pod).addresses()));
     lab.reset_leaks();
     let dropped = run(lab, &flows(lab, 21_000));
     assert_eq!(listed, dropped, "left: listed by audit; right: dropped by strict");

@@ -27,8 +27,13 @@ pub const CASES: &[Case] = &[
     Case::new("control_every_escape_is_seen_without_agents", escapes_are_seen)
         .agents(Agents::Off)
         .looks_itself(),
-    Case::new("promise_1_no_escape_leaves_in_clear", escapes_are_closed).every_rp_filter().seconds(90),
-    Case::new("promise_2_packet_sockets_meet_the_device_guard", device_guard).every_rp_filter(),
+    Case::new("promise_1_no_escape_leaves_in_clear", escapes_are_closed)
+        .every_rp_filter()
+        .seconds(90)
+        .and_with_ranges(),
+    Case::new("promise_2_packet_sockets_meet_the_device_guard", device_guard)
+        .every_rp_filter()
+        .and_with_ranges(),
     Case::new("promise_2_ipv6_bound_to_the_device_meets_the_postrouting_guard", postrouting_guard)
         .every_rp_filter(),
     Case::new("promise_2_plaintext_from_a_workload_without_agent_is_refused_and_counted", plaintext_refused)

@@ -1,7 +1,8 @@
 //! Floods of initiations with a valid MAC1 on a real agent, which anybody can make who knows the pod's public key.
 //!
 //! 1. a pod of another project sends 20,000 of them each second, under a thousand addresses that answer no cookie, and
-//!    under fifty that do: it is told what the victim said to those, and writes their MAC2
+//!    under fifty that do: it is told what the victim said to those, and writes their MAC2. The fifty are workloads of the
+//!    victim's directory: the guard lets no cookie out to anybody else
 //! 2. control: the same flood to a port of the victim that nobody listens on
 //! 3. iperf3 of the victim keeps four fifths of what the control leaves it, a peer that the victim never met connects
 //!    within two seconds, and the agent's memory stays what it was
@@ -10,6 +11,7 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,8 +28,10 @@ use tencrypt::proto::noise::PublicKey;
 use crate::Case;
 use crate::attackers::{Attack, VICTIM, grown, project_key};
 use crate::lab::{Lab, Launched, PROJECT, TUNNEL_PORT};
+use crate::load;
 use crate::packets;
 use crate::pod::Frames;
+use crate::services::replace;
 use crate::status;
 
 /// The cases of this file.
@@ -60,6 +64,36 @@ const MEMORY_KIB: u64 = 4_096;
 /// An address that is nobody's.
 fn source(n: u32) -> IpAddr {
     Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(10, 200, 0, 1)) + n).into()
+}
+
+/// Another one, for the comparison with a closed port.
+fn stranger(source: IpAddr) -> IpAddr {
+    let IpAddr::V4(source) = source else { return source };
+    Ipv4Addr::from_bits(source.to_bits() + (1 << 16)).into()
+}
+
+/// Manifests of Pods with these addresses; gone when it is dropped.
+struct Workloads(PathBuf);
+
+impl Workloads {
+    fn write(lab: &Lab, addresses: impl Iterator<Item = IpAddr>) -> Self {
+        let file = lab.directory(PROJECT).join("flood.yaml");
+        let pod = |(n, address): (usize, IpAddr)| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: flood-{n}, namespace: {PROJECT}}}\n\
+                 status: {{phase: Running, podIPs: [{{ip: {address}}}]}}\n"
+            )
+        };
+        replace(&file, &addresses.enumerate().map(pod).collect::<String>());
+        Self(file)
+    }
+}
+
+impl Drop for Workloads {
+    fn drop(&mut self) {
+        // The lab may be gone.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 fn mac(key: &[u8], bytes: &[u8]) -> [u8; 16] {
@@ -104,16 +138,24 @@ fn prove(message: &mut [u8], reply: &[u8], receiver: &PublicKey) {
 struct Flood<'l> {
     attack: Attack<'l>,
     messages: Vec<(IpAddr, Vec<u8>)>,
+    /// The sources that answer.
+    _workloads: Option<Workloads>,
 }
 
 impl<'l> Flood<'l> {
     fn new(lab: &'l Lab, sources: u32, answering: bool) -> Self {
         let attack = Attack::on(lab, VICTIM);
+        // Of the comparison with a closed port.
+        lab.declare(["udp", "icmp"].map(|protocol| format!("10.200.0.0-10.201.255.255/{protocol}")));
         let receiver = project_key(lab).static_secret(attack.victim.v4.into()).public();
         // Those that are silent may have used up their replies a moment ago.
         let first = if answering { SILENT } else { 0 };
         let messages = (first..first + sources).map(|n| (source(n), noise(n, &receiver))).collect();
-        let mut flood = Self { attack, messages };
+        let workloads = answering.then(|| Workloads::write(lab, (first..first + sources).map(source)));
+        if answering {
+            load::await_route(lab, VICTIM, source(first + sources - 1));
+        }
+        let mut flood = Self { attack, messages, _workloads: workloads };
         if answering {
             flood.answer(&receiver);
         }
@@ -154,7 +196,8 @@ impl<'l> Flood<'l> {
         let (from, to) = (self.attack.attacker.mac(), self.attack.victim.mac());
         let victim = self.attack.victim.v4.into();
         let packet = |(source, message): &(IpAddr, Vec<u8>)| {
-            packets::frame(from, to, &packets::udp(*source, victim, TUNNEL_PORT, port, message))
+            let source = if port == TUNNEL_PORT { *source } else { stranger(*source) };
+            packets::frame(from, to, &packets::udp(source, victim, TUNNEL_PORT, port, message))
         };
         self.messages.iter().map(packet).collect()
     }

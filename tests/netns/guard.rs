@@ -1,21 +1,24 @@
-//! The guard alone, without an agent: its modes and its gate, loaded over one another in place.
+//! The guard alone, without an agent: its modes and states, loaded over one another in place.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
+use tencrypt::agent::control::FromAgent;
 use tencrypt::agent::netlink::MARK;
-use tencrypt::launcher::guard::{self, Gate, Loaded, Reason, Skeleton, WouldDrop};
+use tencrypt::launcher::guard::{self, Door, Loaded, OrderedStop, Ready, Reason, Skeleton, WouldDrop};
 use tencrypt::proto::ladder::Mode;
 
 use crate::Case;
 use crate::hostile::bytes;
-use crate::lab::{Agents, Lab, Launched, RESOLVER, TUNNEL_PORT};
+use crate::lab::{Agents, Lab, Launched, RANGES, RESOLVER, TUNNEL_PORT};
 use crate::lifecycle::{StopAtEnd, keep_trying};
 use crate::packets::{self, CANARY};
 use crate::pod::Pod;
@@ -30,6 +33,9 @@ pub const CASES: &[Case] = &[
         .agents(Agents::Off)
         .looks_itself(),
     Case::new("promise_2_nothing_slips_through_while_the_gate_opens", opening)
+        .agents(Agents::Off)
+        .looks_itself(),
+    Case::new("promise_1_an_unclassified_address_gets_nothing_through_two_hundred_reloads", reloads)
         .agents(Agents::Off)
         .looks_itself(),
     Case::new("promise_1_guard_first_closes_the_pod_before_its_first_instruction", guard_first)
@@ -85,6 +91,13 @@ fn guard_first(lab: &Lab) {
 const PORT: u16 = 7117;
 const QUIET: Duration = Duration::from_millis(300);
 
+/// How far a guard is to be open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gate {
+    Open,
+    Closed,
+}
+
 /// The guard of one pod; removed at the end, also of a test that fails.
 struct Guarded<'l> {
     pod: &'l Pod,
@@ -97,20 +110,36 @@ impl<'l> Guarded<'l> {
         Self { pod, netns: File::open(&pod.netns).expect("a namespace").into() }
     }
 
-    fn skeleton(&self, mode: Mode, gate: Gate) -> Skeleton {
-        Skeleton {
-            mode,
-            gate,
-            device: Some(self.pod.device.as_str().try_into().expect("a name")),
-            tunnel_port: TUNNEL_PORT,
-            resolvers: vec![RESOLVER.into()],
-            dns_ports: 61000..=61999,
-        }
+    fn skeleton(&self, mode: Mode) -> Skeleton {
+        let device = self.pod.device.as_str().try_into().expect("a name");
+        let mut skeleton = Skeleton::closed(mode, TUNNEL_PORT, vec![device]);
+        (skeleton.resolvers, skeleton.dns_ports) = (vec![RESOLVER.into()], 61000..=61999);
+        skeleton
+    }
+
+    fn door(&self) -> Door {
+        Door::at(self.netns.try_clone().expect("a descriptor")).expect("nft lists")
     }
 
     fn load(&self, mode: Mode, gate: Gate) {
-        let loaded = guard::load(&self.netns, &self.skeleton(mode, gate)).expect("nft takes it");
-        assert_eq!(loaded, Loaded::Full);
+        self.load_skeleton(self.skeleton(mode), gate);
+    }
+
+    fn load_skeleton(&self, mut skeleton: Skeleton, gate: Gate) {
+        let mut door = self.door();
+        let ready = FromAgent::Ready { generation: 1, fingerprint: [0; 32], executable: [0; 4] };
+        let loaded = match gate {
+            Gate::Open => door.open(&mut skeleton, &Ready::of(&ready, 1, 0).expect("it is")),
+            Gate::Closed => door.close(&mut skeleton),
+        };
+        assert_eq!(loaded.expect("nft takes it"), Loaded::Full);
+    }
+
+    /// Sealed datagrams may go there.
+    fn connect(&self, addresses: [IpAddr; 2]) {
+        for (set, address) in ["peers4", "peers6"].iter().zip(addresses) {
+            self.nft(&format!("add element inet tencrypt {set} {{ {address} }}"));
+        }
     }
 
     fn protect(&self, addresses: [IpAddr; 2]) {
@@ -145,7 +174,7 @@ impl<'l> Guarded<'l> {
 
 impl Drop for Guarded<'_> {
     fn drop(&mut self) {
-        let removed = guard::remove(&self.netns);
+        let removed = self.door().remove(&OrderedStop::by_the_operator());
         if !thread::panicking() {
             removed.expect("the guard goes");
         }
@@ -318,9 +347,7 @@ fn gate(lab: &Lab) {
     let ours = guarded.pod.addresses().map(|address| guarded.pod.udp((address, 0)));
     let others = stranger.addresses().map(|address| stranger.udp((address, PORT)));
     // Nothing is known yet.
-    let blind =
-        Skeleton { device: None, resolvers: Vec::new(), ..guarded.skeleton(Mode::Strict, Gate::Closed) };
-    assert_eq!(guard::load(&guarded.netns, &blind).expect("nft takes it"), Loaded::Full);
+    guarded.load_skeleton(Skeleton::closed(Mode::Strict, TUNNEL_PORT, Vec::new()), Gate::Closed);
     assert!(!guard::listing(&guarded.netns).expect("a listing").contains("netdev"));
     for mode in [Mode::Strict, Mode::Audit] {
         let before = guarded.counted().get("not_protected").copied().unwrap_or(0);
@@ -342,6 +369,7 @@ fn gate(lab: &Lab) {
     // The agent's datagrams pass both ways, on neighbours that have to be found first.
     lab.flush_neighbours();
     let peer = lab.pod("shop-web1");
+    guarded.connect(peer.addresses());
     for (own, address) in guarded.pod.addresses().into_iter().zip(peer.addresses()) {
         let agent = guarded.pod.udp((own, TUNNEL_PORT));
         let theirs = peer.udp((address, TUNNEL_PORT));
@@ -408,4 +436,44 @@ fn opening(lab: &Lab) {
         to.set_read_timeout(Some(QUIET)).expect("time-out");
         assert!(to.recv(&mut [0; 2048]).is_err(), "a datagram slipped through");
     }
+}
+
+/// An address within the ranges that nothing vouches for, while rules, facts, devices and states are loaded over one another.
+fn reloads(lab: &Lab) {
+    let guarded = Guarded::new(lab, "shop-client");
+    let peer = lab.pod("shop-web1");
+    let with_ranges = |n: u32| {
+        let mut skeleton = guarded.skeleton(Mode::Strict);
+        skeleton.ranges = RANGES.split_whitespace().filter_map(|word| word.parse::<IpNet>().ok()).collect();
+        match n % 5 {
+            0 => skeleton.facts.nodes = (0..n).map(|n| Ipv4Addr::from_bits(0x0a01_0900 + n).into()).collect(),
+            1 => skeleton.exempt = vec!["10.5.0.0/16".parse().expect("an exemption")],
+            2 => skeleton.resolvers.clear(),
+            3 => skeleton.devices.clear(),
+            _ => {}
+        }
+        skeleton
+    };
+    guarded.load_skeleton(with_ranges(4), Gate::Open);
+    let theirs = peer.addresses().map(|address| peer.udp((address, PORT)));
+    let ours = guarded.pod.addresses().map(|address| guarded.pod.udp((address, 0)));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _done = StopAtEnd(&done);
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for (from, to) in ours.iter().zip(&theirs) {
+                    let _ = from.send_to(CANARY, to.local_addr().expect("an address"));
+                }
+            }
+        });
+        for n in 0..200 {
+            guarded.load_skeleton(with_ranges(n), if n % 7 == 6 { Gate::Closed } else { Gate::Open });
+        }
+    });
+    for to in &theirs {
+        to.set_read_timeout(Some(QUIET)).expect("time-out");
+        assert!(to.recv(&mut [0; 2048]).is_err(), "a datagram slipped through");
+    }
+    assert!(guarded.counted()["unclassified"] > 1_000, "{:?}", guarded.counted());
 }

@@ -158,7 +158,7 @@ fn broken_key_file(lab: &Lab) {
 }
 
 fn unbuilt_flags(lab: &Lab) {
-    for (flag, value) in [("--cipher", "aes128gcm"), ("--capture", "service-cidr"), ("--no-such-flag", "1")] {
+    for (flag, value) in [("--cipher", "aes128gcm"), ("--config", "f"), ("--no-such-flag", "1")] {
         let ran = refused(lab, "shop-lone", &with(usual(lab, "shop-lone"), flag, value));
         assert_eq!(ran.code, 2, "{flag} {value}: {}", ran.err);
         assert!(ran.err.contains(flag), "{flag} is not named: {}", ran.err);
@@ -191,6 +191,7 @@ fn noise(lab: &Lab) {
     let pids: Vec<_> = PROTECTED.iter().map(|pod| lab.agent_pids(pod)).collect();
     // Another project's pod: what it sends is not the guard's business, so it reaches the agent.
     let sender = lab.pod("bank-client");
+    lab.declare_hosts(sender.addresses());
     let targets: Vec<IpAddr> = BACKENDS.iter().flat_map(|pod| lab.pod(pod).addresses()).collect();
     for to in &targets {
         for port in [0, TUNNEL_PORT] {
@@ -242,6 +243,7 @@ fn wrong_cipher(lab: &Lab) {
 fn stays_a_stranger(lab: &Lab, arguments: &[String]) {
     let mut stranger = Launched::start(lab, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
     stranger.wait_ready();
+    lab.judge("shop-lone");
     let lone = lab.pod("shop-lone");
     for to in web_vips().into_iter().chain([(lab.pod("shop-web1").v4, 8080).into()]) {
         let got = lone.http_get(to, Duration::from_secs(4));

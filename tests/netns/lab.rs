@@ -15,7 +15,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,13 @@ const PODS: &[(&str, [u8; 4], &str)] = &[
     ("shop-lone", [10, 1, 2, 13], "fd00:10:1:2::13"),
     ("bank-server", [10, 1, 2, 22], "fd00:10:1:2::22"),
 ];
+
+/// Addresses of the nodes that no Node object names; as in netns-scripts/lib/common.sh.
+const NODE_CIDRS: [&str; 5] =
+    ["10.1.1.1/32", "fd00:10:1:1::1/128", "fe80::1/128", "10.1.1.0/32", "10.1.2.0/32"];
+
+/// Arguments of `tencrypt launch` that name the cluster's ranges; with them it also gets the manifests of every namespace.
+pub const RANGES: &str = "--pod-cidr 10.1.0.0/16 --pod-cidr fd00:10:1::/48 --service-cidr 10.96.0.0/16 --service-cidr fd00:10:96::/112";
 
 /// The cluster's resolver, as the pods' resolv.conf names it.
 pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
@@ -112,7 +119,7 @@ pub enum Agents {
 /// What the leak detector saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaks {
-    /// Packets of the project that passed a link in clear.
+    /// Packets that passed a protected pod's link in clear, those of declared destinations excepted.
     pub leaked: u64,
     /// Sealed datagrams.
     pub tunnel: u64,
@@ -148,6 +155,8 @@ pub struct Lab {
     rp_filter: u8,
     pods: BTreeMap<&'static str, Pod>,
     agents: Mutex<Agents>,
+    /// Whether a case declared outside destinations of its own.
+    declared: AtomicBool,
     before: BTreeMap<&'static str, Snapshot>,
     host_sysctls: Snapshot,
 }
@@ -163,6 +172,7 @@ impl Lab {
             rp_filter,
             pods: BTreeMap::new(),
             agents: Mutex::new(Agents::Off),
+            declared: AtomicBool::new(false),
             before: BTreeMap::new(),
             host_sysctls,
         };
@@ -330,9 +340,55 @@ impl Lab {
                 _ => {}
             }
         }
+        let lost =
+            rows.iter().find(|[pod, .., class, _]| (pod.as_str(), class.as_str()) == ("detector", "lost"));
+        assert!(lost.is_none(), "the detector lost frames: {lost:?}");
         let (leaked, tunnel) =
             totals.unwrap_or_else(|| panic!("leaks printed no totals:\n{}{}", ran.out, ran.err));
         Leaks { leaked, tunnel, rows }
+    }
+
+    /// From now on to the end of the case also `what` (`ADDRESS/PROTOCOL[/PORT]`, the port of either end) is an outside destination.
+    pub fn declare<T: AsRef<str>>(&self, what: impl IntoIterator<Item = T>) {
+        let what: Vec<T> = what.into_iter().collect();
+        let args: Vec<&str> = ["leaks", "--declare"].into_iter().chain(what.iter().map(T::as_ref)).collect();
+        let ran = self.script(&args, &[], Duration::from_secs(20));
+        assert!(ran.code == 0, "{args:?}: {}{}", ran.out, ran.err);
+        self.declared.store(true, Ordering::Relaxed);
+    }
+
+    /// Declares every protocol that the tests speak with these addresses.
+    pub fn declare_hosts(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let addresses: Vec<IpAddr> = addresses.into_iter().collect();
+        let protocols = ["tcp", "udp", "icmp", "253"];
+        self.declare(addresses.iter().flat_map(|a| protocols.map(|protocol| format!("{a}/{protocol}"))));
+    }
+
+    /// Takes back what a case declared.
+    pub fn undeclare(&self) {
+        if self.declared.swap(false, Ordering::Relaxed) {
+            let ran = self.script(&["leaks", "--undeclare"], &[], Duration::from_secs(20));
+            assert!(ran.code == 0, "leaks --undeclare: {}{}", ran.out, ran.err);
+        }
+    }
+
+    /// Also this pod's link is judged, to the end of the case.
+    pub fn judge(&self, pod: &str) {
+        let ran = self.script(&["leaks", "--judge", pod], &[], Duration::from_secs(20));
+        assert!(ran.code == 0, "leaks --judge: {}{}", ran.out, ran.err);
+        self.declared.store(true, Ordering::Relaxed);
+    }
+
+    /// Runs `f` while the canary is looked for in sealed datagrams too, trains of them included. For little traffic.
+    pub fn with_deep_look<T>(&self, f: impl FnOnce() -> T) -> T {
+        let turn = |to| {
+            let ran = self.script(&["leaks", "--deep", to], &[], Duration::from_secs(20));
+            assert!(ran.code == 0, "leaks --deep: {}{}", ran.out, ran.err);
+        };
+        turn("on");
+        let outcome = f();
+        turn("off");
+        outcome
     }
 
     /// Fails if anything leaked.
@@ -462,6 +518,11 @@ fn children(parent: i32) -> Vec<i32> {
     pids.filter(is_child).collect()
 }
 
+/// Whether launchers get what this variable of lab.sh stands for.
+fn asked_for(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "1")
+}
+
 fn lab_script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("netns-scripts/lab.sh")
 }
@@ -525,10 +586,15 @@ pub struct Launched {
 impl Launched {
     /// Starts the binary with these arguments; both its outputs go to a file of the lab.
     pub fn start(lab: &Lab, args: &[&str]) -> Self {
+        Self::start_program(lab, &tencrypt(), args)
+    }
+
+    /// Starts another binary.
+    pub fn start_program(lab: &Lab, program: &Path, args: &[&str]) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let output = lab.run_dir().join(format!("launched-{}.log", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let file = fs::File::create(&output).expect("a log file");
-        let child = Command::new(tencrypt())
+        let child = Command::new(program)
             .arg("launch")
             .args(args)
             .stdin(Stdio::null())
@@ -564,7 +630,14 @@ impl Launched {
             "--directory",
             &text(directory),
         ];
-        words.map(str::to_owned).to_vec()
+        let mut args = words.map(str::to_owned).to_vec();
+        let others = ["bank", "kube-system"].map(|project| text(&lab.directory(project)));
+        args.extend(others.into_iter().flat_map(|folder| ["--directory".to_owned(), folder]));
+        args.extend(NODE_CIDRS.iter().flat_map(|net| ["--node-cidr", net]).map(str::to_owned));
+        if asked_for("TENC_LAB_RANGES") {
+            args.extend(RANGES.split_whitespace().map(str::to_owned));
+        }
+        args
     }
 
     /// Its process.

@@ -2,8 +2,10 @@
 //!
 //! 1. each case names the agents it wants and the values of rp_filter it runs with
 //! 2. cases of one rp_filter value share a lab (`lab`), one after the other; a failure ends the lab
-//! 3. the detector is set to zero before a case; after a case with agents it must still read zero
-//! 4. a case that outlives its limit fails, and its lab is taken down under it
+//! 3. the detector knows no address of the project: what passes a protected pod's link is a leak unless it is sealed, neighbour
+//!    discovery, the agent's DNS, or of an outside destination that the lab or the case declares
+//! 4. it is set to zero before a case; after a case with agents it must still read zero
+//! 5. a case that outlives its limit fails, and its lab is taken down under it
 //!
 //! Needs root; without it every case is reported as ignored with the reason, and fails where CI=true.
 //! TENC_LONG=1 runs the long forms. TENC_SEED has the random rounds of another run again. TENCRYPT is the binary under test, TENCRYPT_FAULT_BIN the test build.
@@ -19,25 +21,37 @@ mod attackers;
 mod audit;
 mod bridge;
 mod cgroup;
+mod connectivity;
 mod crash;
 mod directory;
 mod dns;
 mod escape;
 mod faults;
 mod floods;
+mod former;
+mod frames;
 mod guard;
+mod host;
 mod hostile;
 mod lab;
 mod ladder;
 mod lifecycle;
+mod link_scope;
 mod load;
+mod marked;
+mod matrix;
 mod names;
+mod nodeports;
 mod packets;
 mod pod;
+mod project_dns;
+mod ranges;
 mod reach;
 mod replays;
+mod resolvers;
 mod services;
 mod snapshot;
+mod sockets;
 mod status;
 mod stopping;
 mod takeover;
@@ -45,6 +59,7 @@ mod tamper;
 mod untouched;
 mod vanish;
 mod watch;
+mod ways;
 
 use std::any::Any;
 use std::io::Write as _;
@@ -54,7 +69,7 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use lab::{Agents, Lab, Sweeper};
+use lab::{Agents, Lab, RANGES, Sweeper};
 
 /// What a case expects of the leak detector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +87,8 @@ pub struct Case {
     name: &'static str,
     agents: Agents,
     expect: Expect,
+    /// Once more with the cluster's ranges.
+    with_ranges: bool,
     rp_filters: &'static [u8],
     limit: Duration,
     run: fn(&Lab),
@@ -81,7 +98,15 @@ impl Case {
     /// A case with the four protected pods, at rp_filter 1 only, 60 s at most.
     pub const fn new(name: &'static str, run: fn(&Lab)) -> Self {
         let limit = Duration::from_secs(60);
-        Self { name, agents: Agents::On(""), expect: Expect::NoLeak, rp_filters: &[1], limit, run }
+        Self {
+            name,
+            agents: Agents::On(""),
+            expect: Expect::NoLeak,
+            with_ranges: false,
+            rp_filters: &[1],
+            limit,
+            run,
+        }
     }
 
     /// Also at rp_filter 0 and 2.
@@ -97,6 +122,11 @@ impl Case {
     /// The case reads the leak detector itself.
     pub const fn looks_itself(self) -> Self {
         Self { expect: Expect::Own, ..self }
+    }
+
+    /// Once more with agents that know the cluster's ranges.
+    pub const fn and_with_ranges(self) -> Self {
+        Self { with_ranges: true, ..self }
     }
 
     /// With other agents.
@@ -127,13 +157,23 @@ pub fn say(line: &str) {
 fn main() -> std::process::ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
-    let mut cases: Vec<(u8, &'static Case)> = Vec::new();
+    let mut cases: Vec<(u8, Agents, &'static Case)> = Vec::new();
     for group in [
         untouched::CASES,
         escape::CASES,
+        link_scope::CASES,
+        frames::CASES,
+        sockets::CASES,
+        nodeports::CASES,
+        former::CASES,
+        resolvers::CASES,
+        marked::CASES,
+        ranges::CASES,
+        connectivity::CASES,
         guard::CASES,
         reach::CASES,
         names::CASES,
+        project_dns::CASES,
         hostile::CASES,
         attackers::CASES,
         replays::CASES,
@@ -146,21 +186,30 @@ fn main() -> std::process::ExitCode {
         crash::CASES,
         faults::CASES,
         takeover::CASES,
+        matrix::CASES,
         directory::CASES,
         watch::CASES,
         vanish::CASES,
         tamper::CASES,
         status::CASES,
+        host::CASES,
     ] {
-        cases.extend(group.iter().flat_map(|case| case.rp_filters.iter().map(move |rp| (*rp, case))));
+        for case in group {
+            let ranges = case.with_ranges.then_some(Agents::On(RANGES));
+            for agents in [Some(case.agents), ranges].into_iter().flatten() {
+                cases.extend(case.rp_filters.iter().map(|rp| (*rp, agents, case)));
+            }
+        }
     }
     // The strictest value first; within a lab, agents change as seldom as they can.
     let rank = |rp: u8| if rp == 1 { 0 } else { rp + 1 };
-    cases.sort_by_key(|(rp, case)| (rank(*rp), case.agents));
+    cases.sort_by_key(|(rp, agents, _)| (rank(*rp), *agents));
     let trials = cases
         .into_iter()
-        .map(|(rp, case)| {
-            Trial::ignorable_test(format!("rp_filter_{rp}::{}", case.name), move || trial(rp, case))
+        .map(|(rp, agents, case)| {
+            let ranges = if agents == case.agents { "" } else { "_with_ranges" };
+            let name = format!("rp_filter_{rp}::{}{ranges}", case.name);
+            Trial::ignorable_test(name, move || trial(rp, agents, case))
         })
         .collect();
     let sweeper = (!args.list && is_root()).then(Sweeper::start);
@@ -186,11 +235,11 @@ fn cannot(reason: &str) -> Result<Completion, Failed> {
     Ok(Completion::ignored_with(reason))
 }
 
-fn trial(rp: u8, case: &'static Case) -> Result<Completion, Failed> {
+fn trial(rp: u8, agents: Agents, case: &'static Case) -> Result<Completion, Failed> {
     if !is_root() {
         return cannot("it needs root for network namespaces");
     }
-    if matches!(case.agents, Agents::Fault(_)) && lab::faulty_tencrypt().is_none() {
+    if matches!(agents, Agents::Fault(_)) && lab::faulty_tencrypt().is_none() {
         return cannot("TENCRYPT_FAULT_BIN names no test build");
     }
     let lab = match take_current().filter(|lab| lab.rp_filter() == rp) {
@@ -199,7 +248,8 @@ fn trial(rp: u8, case: &'static Case) -> Result<Completion, Failed> {
     };
     let shared = Arc::clone(&lab);
     let outcome = within(case.limit + Duration::from_secs(60), move || {
-        shared.ensure(case.agents);
+        shared.ensure(agents);
+        shared.undeclare();
         shared.reset_leaks();
         (case.run)(&shared);
         if case.expect != Expect::Own {

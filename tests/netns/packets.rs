@@ -63,6 +63,20 @@ pub fn advertisement(claimed: Ipv6Addr, mac: [u8; 6], to: Ipv6Addr) -> Vec<u8> {
     bytes
 }
 
+/// A router advertisement as a frame to all nodes of the link: no default route, and a prefix for addresses, for ten minutes.
+pub fn router_advertisement(mac: [u8; 6], prefix: Ipv6Addr) -> Vec<u8> {
+    const ON_LINK_AND_AUTONOMOUS: u8 = 0xc0;
+    let (from, to) =
+        (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77), Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1));
+    let lifetime = 600u32.to_be_bytes();
+    let option =
+        [&[3, 4, 64, ON_LINK_AND_AUTONOMOUS][..], &lifetime, &lifetime, &[0; 4], &prefix.octets()].concat();
+    let mut bytes = Vec::new();
+    let builder = ip(from.into(), to.into(), 255).icmpv6_raw(134, 0, [64, 0, 0, 0]);
+    builder.write(&mut bytes, &[&[0; 8][..], &option].concat()).expect("a packet in memory");
+    frame(mac, [0x33, 0x33, 0, 0, 0, 1], &bytes)
+}
+
 /// An ARP reply as a frame to `to_mac`: `claimed` has the hardware address `mac`.
 pub fn arp_reply(claimed: Ipv4Addr, mac: [u8; 6], to: Ipv4Addr, to_mac: [u8; 6]) -> Vec<u8> {
     let head = [0x08, 0x06, 0, 1, 0x08, 0x00, 6, 4, 0, 2];

@@ -99,7 +99,9 @@ fn walk(folder: &Path, lines: &mut Vec<String>) {
         let path = entry.path();
         if path.is_dir() {
             walk(&path, lines);
+        // The kernel draws the key of fast open when a program first uses it.
         } else if !path.ends_with("nf_conntrack_count")
+            && !path.ends_with("tcp_fastopen_key")
             && let Ok(value) = fs::read_to_string(&path)
         {
             lines.push(format!("{} = {}", path.display(), value.trim()));

@@ -36,7 +36,7 @@ const TAMPERINGS: &[(&str, &str)] = &[
     ("nft flush ruleset", "guard_table"),
     ("nft delete table netdev tencrypt", "guard_table"),
     ("nft delete element inet tencrypt protected4 { 10.96.1.1 }", "guard_element"),
-    ("nft flush chain inet tencrypt outbound", "guard_rules"),
+    ("nft flush chain inet tencrypt out4", "guard_rules"),
     ("nft insert rule inet tencrypt postrouting accept", "guard_rules"),
 ];
 

@@ -14,6 +14,8 @@ use super::{FlowReport, REPORTED_FLOWS_MAX, Report};
 use crate::proto::directory::{Change, Vip};
 use crate::proto::ladder::Mode;
 use crate::proto::noise::{StaticSecret, Suite};
+use crate::proto::ranges::Ranges;
+use crate::proto::routing::Class;
 
 /// Encoded changes in one [`ToAgent::Changes`], in bytes, where they are small: the agent reads a message between packets.
 /// A VIP may have as much as [`super::MESSAGE_MAX`].
@@ -33,6 +35,12 @@ const CARRIED_MAX: usize = 3 + ADDRESSES_MAX + 3;
 
 /// Most resolvers: glibc reads three lines, musl too; a dual-stack list doubles them.
 pub(super) const RESOLVERS_MAX: usize = 16;
+
+/// Most networks of the ranges.
+const RANGES_MAX: usize = 64;
+
+/// Most addresses that one message asks or tells about.
+pub const ASKED_MAX: usize = 128;
 
 /// Longest reason of a failure, in bytes.
 pub(super) const REASON_MAX: usize = 4_096;
@@ -118,6 +126,8 @@ pub struct Init {
     pub link_mtu: u32,
     /// DNS zone of the project, for example `shop.svc.cluster.local`; without one, nothing is learned from DNS.
     pub zone: Option<String>,
+    /// The cluster's pod and service ranges; empty: an address that nobody names passes.
+    pub ranges: Ranges,
     /// Resolvers of the pod's resolv.conf.
     pub resolvers: Vec<IpAddr>,
     /// First and last source port of upstream DNS sockets.
@@ -142,7 +152,7 @@ pub struct Init {
 
 /// Version of the messages. [`ToAgent::Hello`] and [`FromAgent::Hello`] are encoded alike in every version; a launcher
 /// that meets another version replaces the agent.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// From the launcher to the agent.
 #[derive(Debug, Serialize, Deserialize)]
@@ -159,7 +169,8 @@ pub enum ToAgent {
     Adopt,
     /// A part of the changes that lead to the next generation.
     Changes(Vec<Change>),
-    /// All changes since the last commit now count. The agent's next message is read when they are applied.
+    /// All changes since the last commit now count. The agent's next message is read when they are applied. A whole directory
+    /// is answered with [`FromAgent::Committed`] when everything of it is in place.
     Commit {
         /// Number of this state of the directory, increasing.
         generation: u64,
@@ -172,7 +183,11 @@ pub enum ToAgent {
     HandOver,
     /// To a parked agent: its predecessor has ended. Descriptor: what that one handed over; none: it gave nothing.
     Resume,
-    /// The launcher has loaded the guard's skeleton again, or another one.
+    /// Answers [`FromAgent::WhoIs`]; later, unasked, what has changed since. At most [`ASKED_MAX`].
+    Classified(Vec<(IpAddr, Class)>),
+    /// The launcher is about to load the guard's skeleton: that its rules change is not tampering.
+    GuardLoading,
+    /// The launcher has loaded the guard's skeleton again, or another one; answered with [`FromAgent::GuardFilled`].
     GuardLoaded {
         /// Its digest.
         skeleton: u64,
@@ -206,8 +221,26 @@ pub enum FromAgent {
     TunReplaced,
     /// The pod's device is gone from the namespace, and so is the pod: the agent ends.
     LinkGone,
+    /// The whole directory of this generation is in place.
+    Committed {
+        /// Its number.
+        generation: u64,
+    },
+    /// Whose are these addresses, which the directory does not name? At most [`ASKED_MAX`].
+    WhoIs(Vec<IpAddr>),
     /// The guard's skeleton is not what it was: it is to be loaded again.
     GuardLost,
+    /// A device came at whose egress there is no guard.
+    GuardDevice,
+    /// The answer to [`ToAgent::GuardLoaded`].
+    GuardFilled {
+        /// Number of the directory that is applied.
+        generation: u64,
+        /// The skeleton's digest.
+        skeleton: u64,
+        /// Its sets hold what they are to hold; else it has to be loaded again.
+        filled: bool,
+    },
     /// The agent has read its last packet. Descriptor: a sealed memfd with its sessions and flows.
     HandedOver,
     /// Bring-up failed; what was made has been removed again.
@@ -226,7 +259,7 @@ pub enum FromAgent {
 }
 
 /// What the channel asks of a message type; implemented by the two directions only.
-pub trait Message: Serialize + DeserializeOwned {
+pub trait Message: std::fmt::Debug + Serialize + DeserializeOwned {
     /// Descriptors that a message of this variant may carry at most.
     fn descriptors_max(&self) -> usize;
 
@@ -249,6 +282,8 @@ impl Message for ToAgent {
             | Self::Ping
             | Self::Report
             | Self::HandOver
+            | Self::Classified(_)
+            | Self::GuardLoading
             | Self::GuardLoaded { .. }
             | Self::Stop => 0,
         }
@@ -257,6 +292,7 @@ impl Message for ToAgent {
     fn validate(&self) -> Result<(), &'static str> {
         match self {
             Self::Init(init) => init.validate(),
+            Self::Classified(classes) if classes.len() > ASKED_MAX => Err("count of classes"),
             _ => Ok(()),
         }
     }
@@ -271,7 +307,8 @@ impl Init {
             (own.address, own.secret.public(), own.accept.as_ref().map(StaticSecret::public))
         };
         let keys: Vec<_> = self.addresses.iter().map(public).collect();
-        let network = (self.port, &self.zone, &self.resolvers, self.dns_ports, self.hold_dns_ports);
+        let network =
+            (self.port, &self.zone, &self.ranges, &self.resolvers, self.dns_ports, self.hold_dns_ports);
         let said = (keys, network, self.inject, self.mode, self.suite, self.spin_us, self.rekey_after_s);
         let encoded = postcard::to_stdvec(&said).expect("memory is the only limit");
         Sha256::digest(encoded).into()
@@ -295,6 +332,9 @@ impl Init {
             && (zone.is_empty() || zone.len() > 253 || !zone.bytes().all(|b| b.is_ascii_graphic()))
         {
             return Err("zone");
+        }
+        if self.ranges.iter().count() > RANGES_MAX {
+            return Err("count of ranges");
         }
         if self.resolvers.len() > RESOLVERS_MAX {
             return Err("count of resolvers");
@@ -320,7 +360,11 @@ impl Message for FromAgent {
             | Self::LinkGone
             | Self::Report(_)
             | Self::Flows(_)
+            | Self::Committed { .. }
+            | Self::WhoIs(_)
             | Self::GuardLost
+            | Self::GuardDevice
+            | Self::GuardFilled { .. }
             | Self::Failed { .. }
             | Self::Stopped => 0,
         }
@@ -337,6 +381,9 @@ impl Message for FromAgent {
                     return Err("reason");
                 }
                 Ok(())
+            }
+            Self::WhoIs(addresses) if addresses.is_empty() || addresses.len() > ASKED_MAX => {
+                Err("count of addresses")
             }
             Self::Report(report) => report.validate(),
             Self::Flows(flows) if flows.len() > REPORTED_FLOWS_MAX => Err("count of flows"),

@@ -36,8 +36,8 @@ mod report;
 mod tests;
 
 pub use messages::{
-    Carried, Executable, FromAgent, Init, Inject, Message, OwnAddress, Place, Seed, ToAgent, VERSION,
-    VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
+    ASKED_MAX, Carried, Executable, FromAgent, Init, Inject, Message, OwnAddress, Place, Seed, ToAgent,
+    VERSION, VIP_ENDPOINTS_MAX, VIP_PORTS_MAX, chunks,
 };
 pub use report::{
     FlowReport, FlowState, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX, Report,
@@ -246,6 +246,8 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         flags: SendFlags,
     ) -> Result<bool, ChannelError> {
         let encoded = encode(message, fds.len())?;
+        #[cfg(feature = "fault-injection")]
+        crate::fault::at_message("send", message, self.peer().ok().map(|peer| peer.pid));
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_DESCRIPTORS_MAX))];
         loop {
             let mut control = SendAncillaryBuffer::new(&mut space);
@@ -295,7 +297,11 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         let bytes =
             if cut || count > MESSAGE_MAX { Err(ChannelError::Truncated) } else { Ok(&bytes[..count]) };
         match bytes.and_then(|bytes| accepted(bytes, fds.len())) {
-            Ok(Some(message)) => Ok(Some(Received::Message(message, fds))),
+            Ok(Some(message)) => {
+                #[cfg(feature = "fault-injection")]
+                crate::fault::at_message("receive", &message, self.peer().ok().map(|peer| peer.pid));
+                Ok(Some(Received::Message(message, fds)))
+            }
             // No message encodes to nothing; a peer that sends an empty packet has nothing more to say either.
             Ok(None) => {
                 close_beside(fds);

@@ -29,6 +29,7 @@ fn init() -> Init {
         }],
         port: 51820,
         link_mtu: 1450,
+        ranges: ["10.1.0.0/16".parse().unwrap()].into_iter().collect(),
         zone: Some("shop.svc.cluster.local".into()),
         resolvers: vec![[10, 96, 0, 10].into()],
         dns_ports: (20_000, 20_255),

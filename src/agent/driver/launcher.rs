@@ -19,6 +19,9 @@ use crate::proto::Now;
 /// How long a hand-over waits for DNS answers that are on their way; nearly all come within milliseconds.
 const DNS_QUIET: Duration = Duration::from_secs(2);
 
+/// How long the launcher may take from announcing that it loads the guard until it has done so.
+const GUARD_LOAD: Duration = Duration::from_secs(2);
+
 /// Who the agent is to launchers, and what it was told.
 pub(in crate::agent) struct Session {
     /// None: the launcher is gone.
@@ -29,6 +32,8 @@ pub(in crate::agent) struct Session {
     pub(in crate::agent) executable: Executable,
     /// A predecessor still reads.
     pub(in crate::agent) parked: bool,
+    /// There are no ranges: an address that nobody names is the platform's.
+    pub(in crate::agent) learned: bool,
 }
 
 impl Session {
@@ -44,7 +49,7 @@ impl Session {
 }
 
 impl Driver {
-    pub(super) fn accept_launcher(&mut self, token: u64) -> anyhow::Result<()> {
+    pub(super) fn accept_launcher(&mut self, token: u64, now: Now) -> anyhow::Result<()> {
         let channel = match control::accept(&self.session.listener) {
             Ok(Some(channel)) => channel,
             Ok(None) => return Ok(()),
@@ -60,6 +65,7 @@ impl Driver {
         self.sources.remove(token);
         self.session.channel = Some(channel);
         self.look_at = None;
+        self.engine.handle_launcher(true, now);
         Ok(())
     }
 
@@ -104,9 +110,11 @@ impl Driver {
             ToAgent::Commit { generation, whole } => {
                 debug!(generation, whole, "directory changes");
                 self.committing = Some(generation);
+                self.confirming = if whole { Some(generation) } else { self.confirming };
                 self.engine.commit(whole, now);
                 self.note_committed();
             }
+            ToAgent::Classified(classes) => self.engine.handle_classified(classes, now),
             ToAgent::Ping => {
                 self.kernel.state.write_counters(self.engine.counters());
                 self.session.tell(&FromAgent::Pong, &[]);
@@ -119,6 +127,7 @@ impl Driver {
             }
             ToAgent::HandOver => self.hand_over_by = Some(now.instant + DNS_QUIET),
             ToAgent::Resume => self.resume(descriptors.pop(), now)?,
+            ToAgent::GuardLoading => self.guard_loading_until = Some(now.instant + GUARD_LOAD),
             ToAgent::GuardLoaded { skeleton } => self.kernel.applier.guard_loaded(skeleton),
             ToAgent::Stop => return Ok(Some(End::Stop)),
         }
@@ -135,7 +144,8 @@ impl Driver {
     /// The directory's routes are in place: packets are read from here on, and the launcher is told.
     pub(super) fn report_ready(&mut self) -> anyhow::Result<()> {
         // Once ready, always: a change that the kernel refuses is tried again, and keeps no launcher waiting.
-        let ready = self.ready || self.engine.is_settled();
+        let is_asking = !self.spoken_to.is_empty() || self.engine.has_asks();
+        let ready = self.ready || self.engine.is_settled() && !is_asking;
         let Some(generation) = self.generation.filter(|_| !self.announced && ready) else { return Ok(()) };
         if !std::mem::replace(&mut self.ready, true) {
             info!(generation, "protected");
@@ -151,6 +161,15 @@ impl Driver {
         Ok(())
     }
 
+    /// A whole directory is in place: the launcher may open the guard.
+    pub(super) fn report_committed(&mut self) {
+        let in_place = self.announced && !self.engine.is_committing() && self.engine.is_settled();
+        if let Some(generation) = self.confirming.filter(|_| in_place && !self.engine.has_asks()) {
+            self.confirming = None;
+            self.session.tell(&FromAgent::Committed { generation }, &[]);
+        }
+    }
+
     /// The launcher died. What is protected stays protected, and another launcher may come.
     fn lose_launcher(&mut self, token: u64, now: Now) -> anyhow::Result<Option<End>> {
         if let Some(channel) = self.session.channel.take() {
@@ -159,7 +178,8 @@ impl Driver {
         self.sources.remove(token);
         // Half a directory counts for nothing, and nobody would make a successor go on.
         self.engine.forget_changes();
-        self.hand_over_by = None;
+        self.engine.handle_launcher(false, now);
+        (self.hand_over_by, self.confirming) = (None, None);
         if self.session.parked {
             return Ok(Some(End::Abandoned));
         }

@@ -12,6 +12,7 @@ use tracing::debug;
 
 use super::sources::Source;
 use super::{Driver, clocks};
+use crate::agent::control::FromAgent;
 use crate::agent::tun::Tun;
 use crate::agent::udp::TunnelSocket;
 use crate::wire::coalesce::MAX_SEGMENTS;
@@ -33,9 +34,13 @@ impl Driver {
         while let Some(batch) = self.engine.poll_batch() {
             self.kernel.applier.submit(batch);
         }
+        while let Some(addresses) = self.engine.poll_ask() {
+            self.session.tell(&FromAgent::WhoIs(addresses), &[]);
+        }
         while let Some(forward) = self.engine.poll_forward() {
             let query = forward.query;
-            match self.kernel.queries.forward(forward) {
+            let engine = &mut self.engine;
+            match self.kernel.queries.forward(&forward, |socket| engine.open_upstream(socket)) {
                 Ok(fd) => {
                     let source = Source::Query(query);
                     let token = self.sources.add(source, fd, EpollFlags::EPOLLIN).context("watch a query")?;
@@ -45,6 +50,7 @@ impl Driver {
                     debug!(error = format!("{error:#}"), "cannot forward a query");
                     self.engine.count_unforwarded();
                     self.engine.handle_dns_refused(query);
+                    self.close_query(query);
                 }
             }
         }
@@ -54,6 +60,9 @@ impl Driver {
         while let Some(stream) = self.engine.poll_broken_stream() {
             self.streams.close(stream);
             self.forget_closed_streams();
+        }
+        while let Some(socket) = self.streams.poll_closed() {
+            self.engine.close_upstream(&socket);
         }
         while let Some((stream, message)) = self.engine.poll_stream() {
             self.streams.answer(stream, &message);

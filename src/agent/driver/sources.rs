@@ -19,6 +19,8 @@ pub(super) enum Source {
     Listener(usize),
     Arp,
     Watch,
+    /// Events of the guard about unknown addresses.
+    Asks,
     Query(QueryId),
     Stream(StreamId),
 }

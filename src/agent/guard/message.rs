@@ -12,7 +12,7 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NLMSG_ERROR};
 
 use crate::wire::netlink::messages;
 
-use super::{Family, Set, TABLE};
+use super::{Family, Kind, Set, TABLE};
 
 /// Elements per message: a nested attribute holds less than 64 KiB, an IPv6 element takes 28 bytes.
 const ELEMENTS_PER_MESSAGE: usize = 1000;
@@ -56,7 +56,7 @@ pub(super) enum Change {
 pub(super) struct Batch {
     /// Number of batch begin.
     pub(super) first: u32,
-    families: &'static [Family],
+    egress: bool,
     bytes: Vec<u8>,
     pub(super) messages: Vec<(&'static str, Set)>,
     /// Where the newest message starts.
@@ -68,16 +68,15 @@ impl Batch {
         let mut bytes = Vec::new();
         let start = open_message(&mut bytes, BATCH_BEGIN, NLM_F_REQUEST, first, 0, SUBSYSTEM);
         close_message(&mut bytes, start);
-        let families: &[_] = if egress { &[Family::Inet, Family::Netdev] } else { &[Family::Inet] };
-        Self { first, families, bytes, messages: Vec::new(), newest: start }
+        Self { first, egress, bytes, messages: Vec::new(), newest: start }
     }
 
-    pub(super) fn elements(&mut self, change: Change, addresses: &[IpAddr]) {
+    pub(super) fn elements(&mut self, change: Change, kind: Kind, addresses: &[IpAddr]) {
         for ipv6 in [false, true] {
             let of_family: Vec<_> = addresses.iter().filter(|a| a.is_ipv6() == ipv6).collect();
             for chunk in of_family.chunks(ELEMENTS_PER_MESSAGE) {
-                for family in self.families {
-                    let set = Set { family: *family, ipv6 };
+                for family in kind.families(self.egress) {
+                    let set = Set { family: *family, kind, ipv6 };
                     match change {
                         Change::Add => self.message("add to", NEW_ELEMENTS, NLM_F_CREATE, set, chunk),
                         Change::Delete => self.message("delete from", DELETE_ELEMENTS, 0, set, chunk),
@@ -87,11 +86,18 @@ impl Batch {
         }
     }
 
-    /// Empties every set.
-    pub(super) fn flush(&mut self) {
+    /// Deletes addresses that need not be there. Deleting what is not there fails, adding what is there does not: added first,
+    /// everything can be deleted.
+    pub(super) fn without(&mut self, kind: Kind, addresses: &[IpAddr]) {
+        self.elements(Change::Add, kind, addresses);
+        self.elements(Change::Delete, kind, addresses);
+    }
+
+    /// Empties the sets of a kind.
+    pub(super) fn flush(&mut self, kind: Kind) {
         for ipv6 in [false, true] {
-            for family in self.families {
-                self.message("empty", DELETE_ELEMENTS, 0, Set { family: *family, ipv6 }, &[]);
+            for family in kind.families(self.egress) {
+                self.message("empty", DELETE_ELEMENTS, 0, Set { family: *family, kind, ipv6 }, &[]);
             }
         }
     }
@@ -104,7 +110,7 @@ impl Batch {
         let sequence = self.first.wrapping_add(number);
         self.newest = open_message(bytes, kind, NLM_F_REQUEST | flags, sequence, set.family as u8, 0);
         put_string(bytes, ATTR_LIST_TABLE, TABLE);
-        put_string(bytes, ATTR_LIST_SET, set.name());
+        put_string(bytes, ATTR_LIST_SET, &set.name());
         if addresses.is_empty() {
             return close_message(bytes, self.newest);
         }
@@ -219,10 +225,15 @@ pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> + '
     })
 }
 
-/// The address of one element of a set.
-pub(super) fn element(item: &[u8]) -> Option<IpAddr> {
+/// The key of one element of a set.
+pub(super) fn element_key(item: &[u8]) -> Option<&[u8]> {
     let (_, key) = attributes(item).find(|(kind, _)| *kind == ATTR_ELEMENT_KEY)?;
-    let (_, value) = attributes(key).find(|(kind, _)| *kind == ATTR_DATA_VALUE)?;
+    Some(attributes(key).find(|(kind, _)| *kind == ATTR_DATA_VALUE)?.1)
+}
+
+/// The address that is the key of one element of a set.
+pub(super) fn element(item: &[u8]) -> Option<IpAddr> {
+    let value = element_key(item)?;
     match value.len() {
         4 => Some(<[u8; 4]>::try_from(value).ok()?.into()),
         16 => Some(<[u8; 16]>::try_from(value).ok()?.into()),
@@ -250,7 +261,7 @@ mod tests {
     #[test]
     fn one_address_is_one_message_per_table_between_begin_and_end() {
         let mut batch = Batch::new(7, true);
-        batch.elements(Change::Add, &["10.0.0.3".parse().unwrap()]);
+        batch.elements(Change::Add, Kind::Protected, &["10.0.0.3".parse().unwrap()]);
         let (bytes, messages) = batch.finish();
         // 20 bytes of headers, "tencrypt" and "protected4" 16 each, list 4, item 4, key 4, value 8.
         assert_eq!(
@@ -269,7 +280,7 @@ mod tests {
         let addresses: Vec<IpAddr> =
             (0..2500_u32).map(|i| IpAddr::from(std::net::Ipv6Addr::from_bits(i.into()))).collect();
         let mut batch = Batch::new(1, true);
-        batch.elements(Change::Add, &addresses);
+        batch.elements(Change::Add, Kind::Protected, &addresses);
         let (bytes, messages) = batch.finish();
         assert_eq!(messages.len(), 6);
         let acknowledged: Vec<_> =
@@ -280,7 +291,11 @@ mod tests {
     #[test]
     fn without_an_egress_table_only_the_inet_sets_change() {
         let mut batch = Batch::new(1, false);
-        batch.elements(Change::Delete, &["10.0.0.3".parse().unwrap(), "fd00::3".parse().unwrap()]);
+        batch.elements(
+            Change::Delete,
+            Kind::Protected,
+            &["10.0.0.3".parse().unwrap(), "fd00::3".parse().unwrap()],
+        );
         let (_, messages) = batch.finish();
         assert_eq!(messages.len(), 2);
         assert!(messages.iter().all(|(_, set)| set.family == Family::Inet));
@@ -302,7 +317,7 @@ mod tests {
     fn elements_are_read_back_as_they_were_written() {
         let addresses: Vec<IpAddr> = vec!["10.0.0.3".parse().unwrap(), "10.0.0.4".parse().unwrap()];
         let mut batch = Batch::new(7, false);
-        batch.elements(Change::Add, &addresses);
+        batch.elements(Change::Add, Kind::Protected, &addresses);
         let (bytes, _) = batch.finish();
         let message = messages(&bytes).find(|message| message.kind == NEW_ELEMENTS).unwrap();
         let list =
@@ -313,8 +328,8 @@ mod tests {
     #[test]
     fn a_refill_empties_and_fills_in_one_transaction() {
         let mut batch = Batch::new(7, true);
-        batch.flush();
-        batch.elements(Change::Add, &["10.0.0.3".parse().unwrap()]);
+        batch.flush(Kind::Protected);
+        batch.elements(Change::Add, Kind::Protected, &["10.0.0.3".parse().unwrap()]);
         let (bytes, messages) = batch.finish();
         let kinds: Vec<_> = lengths(&bytes).iter().map(|(kind, ..)| *kind).collect();
         let (empty, fill) = (DELETE_ELEMENTS, NEW_ELEMENTS);

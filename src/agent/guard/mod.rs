@@ -1,13 +1,23 @@
-//! Elements of the guard's sets: which addresses may be spoken to through the tunnel only.
+//! Elements of the guard's sets: which addresses may be spoken to through the tunnel only, and which in clear.
 //!
-//! The launcher loads the guard's tables, chains and empty sets; this file alone fills the sets, over nfnetlink, before the
-//! address is routed and before a DNS answer that names it is released.
+//! The launcher loads the guard's tables, chains and sets; this file alone fills the sets of the project's addresses, over
+//! nfnetlink, before the address is routed and before a DNS answer that names it is released.
 //!
-//! 1. both tables (inet, and netdev where the kernel has egress hooks) change in one transaction (`message`), or none does
+//! | set | what it holds |
+//! |---|---|
+//! | `protected` (both tables) | addresses that are routed into `tenc0`, former ones included |
+//! | `peers` | those that sealed datagrams may go to |
+//! | `former` | those that left the directory: named in the reason of a drop |
+//! | `released` | addresses within the ranges that are vouched for as none of the project's; ten minutes |
+//! | `asked`, `fresh` | addresses that the rules met and nobody named: read here, filled by the rules |
+//!
+//! 1. tables (inet, and netdev where the kernel has egress hooks) change in one transaction (`message`), or none does
 //! 2. `check` reads tables, rules and elements back, for the watch; `refill` makes the sets right again
+//! 3. `asks` hears that the rules met an unknown address
 //!
 //! Source: linux/netfilter/nf_tables.h.
 
+mod asks;
 mod message;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,35 +35,60 @@ use message::{
     ATTR_CHAIN_HOOK, ATTR_CHAIN_NAME, ATTR_CHAIN_POLICY, ATTR_CHAIN_TABLE, ATTR_LIST_ELEMENTS, ATTR_LIST_SET,
     ATTR_LIST_TABLE, ATTR_RULE_CHAIN, ATTR_RULE_EXPRESSIONS, ATTR_RULE_TABLE, ATTR_TABLE_FLAGS,
     ATTR_TABLE_NAME, Batch, Change, GET_CHAIN, GET_ELEMENTS, GET_RULE, GET_TABLE, NEW_TABLE, answers,
-    attributes, element, request,
+    attributes, element, element_key, request,
 };
+
+pub(super) use asks::Asks;
 
 use super::watch::Tampering;
 use crate::wire::netlink::messages;
 
 /// Name of both tables.
 pub const TABLE: &str = "tencrypt";
-/// Name of the sets of IPv4 addresses.
+/// Name of the sets of protected IPv4 addresses.
 pub const SET4: &str = "protected4";
-/// Name of the sets of IPv6 addresses.
+/// Name of the sets of protected IPv6 addresses.
 pub const SET6: &str = "protected6";
+/// Group of nfnetlink_log that the rules tell of unknown addresses by.
+pub const LOG_GROUP: u16 = 32_412;
+/// What the names of the base chains at a device's egress begin with; [`chain_suffix`] follows.
+pub const EGRESS_CHAIN: &str = "egress_";
 
-/// The chains of both tables.
-pub const CHAINS: [&str; 13] = [
-    "postrouting",
-    "prerouting",
-    "egress",
-    "outbound",
-    "resolver",
-    "dns",
-    "closed_outbound",
-    "inbound",
-    "closed_inbound",
-    "record_outbound",
-    "record_egress",
-    "record_inbound",
-    "record_dns",
+/// The chains of the inet table.
+#[rustfmt::skip]
+pub const CHAINS: &[&str] = &[
+    "postrouting", "prerouting", "pass", "agents", "agents4", "agents6", "tunnel", "resolver_in",
+    "control_out6", "control_in6", "closed_out", "closed_in", "open_out", "open_in", "filling_out",
+    "filling_in", "ip_options", "link_scope", "to_all", "node_out", "from_tunnel", "protected_out4",
+    "protected_in4", "protected_out6", "protected_in6", "out4", "special_out4", "scope_out4",
+    "group_out4", "range_out4", "in4", "scope_in4", "range_in4", "flow_in4", "out6", "special_out6",
+    "scope_out6", "link_out6", "range_out6", "in6", "scope_in6", "link_in6", "range_in6", "flow_in6",
+    "outbound", "resolver", "dns", "inbound", "record_outbound", "record_inbound", "record_dns",
 ];
+
+/// The chains of the netdev table, but for the hooks.
+#[rustfmt::skip]
+pub const NETDEV_CHAINS: &[&str] = &[
+    "arp_frame", "closed_frame", "closed_tunnel4", "closed_tunnel6", "raw4", "raw6", "protected4",
+    "protected6", "judged", "open_frame", "filling_frame", "outbound", "resolver", "dns",
+    "record_egress", "record_dns",
+];
+
+/// Sets that the launcher fills: another's change of them is tampering with the rules.
+#[rustfmt::skip]
+const LAUNCHERS_SETS: [&str; 12] = [
+    "resolvers4", "resolvers6", "nodes4", "nodes6", "externals4", "externals6", "special4", "special6",
+    "gateways4", "gateways6", "broadcasts4", "node_ports",
+];
+
+/// What follows [`EGRESS_CHAIN`] for a device of this name: chain names have no other characters than these.
+#[must_use]
+pub fn chain_suffix(device: &str) -> String {
+    let escape = |byte: u8| {
+        if byte.is_ascii_alphanumeric() { char::from(byte).to_string() } else { format!("_{byte:02x}") }
+    };
+    device.bytes().map(escape).collect()
+}
 
 /// Room for the largest transaction in the socket's send buffer.
 const SEND_BUFFER: usize = 8 << 20;
@@ -67,10 +102,49 @@ pub enum Family {
     Netdev = 5,
 }
 
+/// What the addresses in a set are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Routed into `tenc0`.
+    Protected,
+    /// Sealed datagrams may go there.
+    Peers,
+    /// Left the directory.
+    Former,
+    /// Vouched for as none of the project's.
+    Released,
+    /// Met by the rules on the way out.
+    Asked,
+    /// Met by the rules on the way in.
+    Fresh,
+}
+
+impl Kind {
+    /// Tables that have sets of this kind.
+    fn families(self, egress: bool) -> &'static [Family] {
+        match self {
+            Self::Protected if egress => &[Family::Inet, Family::Netdev],
+            _ => &[Family::Inet],
+        }
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Protected => "protected",
+            Self::Peers => "peers",
+            Self::Former => "former",
+            Self::Released => "released",
+            Self::Asked => "asked",
+            Self::Fresh => "fresh",
+        }
+    }
+}
+
 /// A set, for error messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Set {
     family: Family,
+    kind: Kind,
     ipv6: bool,
 }
 
@@ -85,8 +159,22 @@ impl fmt::Display for Set {
 }
 
 impl Set {
-    fn name(self) -> &'static str {
-        if self.ipv6 { SET6 } else { SET4 }
+    fn name(self) -> String {
+        format!("{}{}", self.kind.word(), if self.ipv6 { 6 } else { 4 })
+    }
+}
+
+/// What the sets of the project's addresses are to hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) protected: BTreeSet<IpAddr>,
+    pub(crate) peers: BTreeSet<IpAddr>,
+    pub(crate) former: BTreeSet<IpAddr>,
+}
+
+impl Wanted {
+    fn sets(&self) -> [(Kind, &BTreeSet<IpAddr>); 3] {
+        [(Kind::Protected, &self.protected), (Kind::Peers, &self.peers), (Kind::Former, &self.former)]
     }
 }
 
@@ -117,6 +205,15 @@ pub enum Error {
     Socket(#[source] io::Error),
 }
 
+/// What a look at the guard's tables shows.
+#[derive(Debug, Default)]
+struct Fingerprint {
+    digest: u64,
+    /// Whether there is a chain that is not one of ours.
+    foreign: bool,
+    hooks: BTreeSet<String>,
+}
+
 /// The handle to the sets of one pod.
 #[derive(Debug)]
 pub struct Guard {
@@ -125,8 +222,10 @@ pub struct Guard {
     egress: bool,
     /// Digest of the skeleton that was loaded.
     skeleton: u64,
-    /// Of tables, chains and rules as they were loaded.
+    /// Of tables, chains, rules and the launcher's sets as they were loaded.
     fingerprint: u64,
+    /// Chains at the egress of a device, as they were loaded.
+    hooks: BTreeSet<String>,
 }
 
 impl Guard {
@@ -141,7 +240,8 @@ impl Guard {
         socket.set_cap_ack(true).map_err(Error::Socket)?;
         // A transaction that does not fit is refused by the kernel, whole; the system's default holds 5,000 addresses.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::SndBufForce, &SEND_BUFFER);
-        let mut guard = Self { socket, sequence: 0, egress: false, skeleton, fingerprint: 0 };
+        let mut guard =
+            Self { socket, sequence: 0, egress: false, skeleton, fingerprint: 0, hooks: BTreeSet::new() };
         guard.take_for_right()?;
         Ok(guard)
     }
@@ -164,7 +264,8 @@ impl Guard {
             return Err(Error::NoTable);
         }
         self.egress = self.has_table(Family::Netdev)?;
-        self.fingerprint = self.take_fingerprint()?.0;
+        let found = self.take_fingerprint()?;
+        (self.fingerprint, self.hooks) = (found.digest, found.hooks);
         Ok(())
     }
 
@@ -181,28 +282,35 @@ impl Guard {
     ///
     /// # Errors
     /// See [`Error`].
-    pub(crate) fn check(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<Option<Tampering>, Error> {
+    pub(crate) fn check(&mut self, wanted: &Wanted) -> Result<Option<Tampering>, Error> {
         if !self.has_table(Family::Inet)? || (self.egress && !self.has_table(Family::Netdev)?) {
             return Ok(Some(Tampering::GuardTable));
         }
-        let (fingerprint, foreign) = self.take_fingerprint()?;
-        if fingerprint != self.fingerprint {
+        let found = self.take_fingerprint()?;
+        if found.digest != self.fingerprint {
             return Ok(Some(Tampering::GuardRules));
         }
         if !self.holds(wanted)? {
             return Ok(Some(Tampering::GuardElement));
         }
-        Ok(foreign.then_some(Tampering::GuardForeign))
+        Ok(found.foreign.then_some(Tampering::GuardForeign))
     }
 
-    /// Makes the sets hold exactly `addresses`, in one transaction.
+    /// Whether frames of packet sockets on this device are judged, as far as the kernel can do that at all.
+    pub(crate) fn has_hook(&self, device: &str) -> bool {
+        !self.egress || self.hooks.contains(&(EGRESS_CHAIN.to_owned() + &chain_suffix(device)))
+    }
+
+    /// Makes the sets hold exactly what is wanted, in one transaction.
     ///
     /// # Errors
     /// See [`Error`]; after one, no set has changed.
-    pub fn refill(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+    pub(crate) fn refill(&mut self, wanted: &Wanted) -> Result<(), Error> {
         let mut batch = self.begin();
-        batch.flush();
-        batch.elements(Change::Add, addresses);
+        for (kind, addresses) in wanted.sets() {
+            batch.flush(kind);
+            batch.elements(Change::Add, kind, &addresses.iter().copied().collect::<Vec<_>>());
+        }
         self.commit(batch)
     }
 
@@ -210,19 +318,32 @@ impl Guard {
     ///
     /// # Errors
     /// See [`Error`].
-    pub(crate) fn holds(&mut self, wanted: &BTreeSet<IpAddr>) -> Result<bool, Error> {
-        for family in self.families() {
-            for ipv6 in [false, true] {
-                let set = Set { family: *family, ipv6 };
-                let held = self.elements(set)?;
-                if held.len() != wanted.iter().filter(|a| a.is_ipv6() == ipv6).count()
-                    || !held.iter().all(|address| wanted.contains(address))
-                {
-                    return Ok(false);
+    pub(crate) fn holds(&mut self, wanted: &Wanted) -> Result<bool, Error> {
+        for (kind, addresses) in wanted.sets() {
+            for family in kind.families(self.egress) {
+                for ipv6 in [false, true] {
+                    let held = self.elements(Set { family: *family, kind, ipv6 })?;
+                    if held.len() != addresses.iter().filter(|a| a.is_ipv6() == ipv6).count()
+                        || !held.iter().all(|address| addresses.contains(address))
+                    {
+                        return Ok(false);
+                    }
                 }
             }
         }
         Ok(true)
+    }
+
+    /// The addresses in the inet table's sets of this kind.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub(crate) fn list(&mut self, kind: Kind) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut found = BTreeSet::new();
+        for ipv6 in [false, true] {
+            found.extend(self.elements(Set { family: Family::Inet, kind, ipv6 })?);
+        }
+        Ok(found)
     }
 
     fn families(&self) -> &'static [Family] {
@@ -232,7 +353,8 @@ impl Guard {
     /// The addresses in a set; none where there is no such set.
     fn elements(&mut self, set: Set) -> Result<BTreeSet<IpAddr>, Error> {
         let mut found = BTreeSet::new();
-        let names = [(ATTR_LIST_TABLE, TABLE), (ATTR_LIST_SET, set.name())];
+        let name = set.name();
+        let names = [(ATTR_LIST_TABLE, TABLE), (ATTR_LIST_SET, name.as_str())];
         self.dump(GET_ELEMENTS, set.family, &names, |message| {
             let list = attributes(message).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS);
             let items = list.into_iter().flat_map(|(_, list)| attributes(list));
@@ -241,12 +363,13 @@ impl Guard {
         Ok(found)
     }
 
-    /// What says whether tables, hooks and rules are those that were loaded; and whether there is a chain besides [`CHAINS`].
-    /// The order of rules counts, that of chains does not: one that was deleted comes back as the last one.
-    fn take_fingerprint(&mut self) -> Result<(u64, bool), Error> {
+    /// What says whether tables, hooks, rules and the launcher's elements are those that were loaded. The order of rules
+    /// counts, that of chains does not: one that was deleted comes back as the last one.
+    fn take_fingerprint(&mut self) -> Result<Fingerprint, Error> {
         let mut digests = BTreeMap::<(u8, u16, Vec<u8>), SipHasher13>::new();
-        let mut foreign = false;
+        let mut found = Fingerprint::default();
         for family in self.families() {
+            let known: &[&str] = if *family == Family::Inet { CHAINS } else { NETDEV_CHAINS };
             for (kind, table, chain, kept) in [
                 (GET_TABLE, ATTR_TABLE_NAME, None, &[ATTR_TABLE_FLAGS][..]),
                 (GET_CHAIN, ATTR_CHAIN_TABLE, Some(ATTR_CHAIN_NAME), &[ATTR_CHAIN_HOOK, ATTR_CHAIN_POLICY]),
@@ -262,8 +385,11 @@ impl Guard {
                     let name = chain.map(|chain| {
                         value(chain).and_then(|name| name.strip_suffix(&[0])).unwrap_or_default()
                     });
-                    if name.is_some_and(|name| !CHAINS.iter().any(|chain| chain.as_bytes() == name)) {
-                        foreign = true;
+                    let is_hook = name.is_some_and(|name| name.starts_with(EGRESS_CHAIN.as_bytes()));
+                    if is_hook && *family == Family::Netdev {
+                        found.hooks.extend(name.map(|name| String::from_utf8_lossy(name).into_owned()));
+                    } else if name.is_some_and(|name| !known.iter().any(|chain| chain.as_bytes() == name)) {
+                        found.foreign = true;
                         return;
                     }
                     let key = (*family as u8, kind, name.unwrap_or_default().to_vec());
@@ -276,6 +402,7 @@ impl Guard {
                     }
                 })?;
             }
+            self.add_elements(*family, &mut digests)?;
         }
         let mut all = SipHasher13::new();
         for ((family, kind, name), digest) in digests {
@@ -284,7 +411,29 @@ impl Guard {
             all.write(&name);
             all.write_u64(digest.finish());
         }
-        Ok((all.finish(), foreign))
+        found.digest = all.finish();
+        Ok(found)
+    }
+
+    /// Adds the elements of the launcher's sets, which come in any order.
+    fn add_elements(
+        &mut self,
+        family: Family,
+        digests: &mut BTreeMap<(u8, u16, Vec<u8>), SipHasher13>,
+    ) -> Result<(), Error> {
+        let sets: &[&str] = if family == Family::Inet { &LAUNCHERS_SETS } else { &LAUNCHERS_SETS[..2] };
+        for set in sets {
+            let mut keys = BTreeSet::new();
+            let names = [(ATTR_LIST_TABLE, TABLE), (ATTR_LIST_SET, *set)];
+            self.dump(GET_ELEMENTS, family, &names, |message| {
+                let list = attributes(message).find(|(kind, _)| *kind == ATTR_LIST_ELEMENTS);
+                let items = list.into_iter().flat_map(|(_, list)| attributes(list));
+                keys.extend(items.filter_map(|(_, item)| Some(element_key(item)?.to_vec())));
+            })?;
+            let digest = digests.entry((family as u8, GET_ELEMENTS, set.as_bytes().to_vec())).or_default();
+            keys.iter().for_each(|key| digest.write(key));
+        }
+        Ok(())
     }
 
     /// Feeds `each` the attributes of every object of a dump.
@@ -319,25 +468,68 @@ impl Guard {
         }
     }
 
-    /// Adds `addresses` to the sets; those that are there already are fine.
+    /// Adds `addresses` to the sets of protected ones, and takes them out of the former ones.
     ///
     /// # Errors
-    /// See [`Error`]; after one, no set has changed.
-    pub fn add(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+    /// See [`Error`]; after one, no set has changed. So for all that follow.
+    pub(crate) fn protect(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
         let mut batch = self.begin();
-        batch.elements(Change::Add, addresses);
+        batch.elements(Change::Add, Kind::Protected, addresses);
+        batch.without(Kind::Former, addresses);
         self.commit(batch)
     }
 
-    /// Removes `addresses` from the sets; those that are not there are fine.
+    /// Adds `addresses` to the sets of protected and of former ones.
     ///
     /// # Errors
-    /// See [`Error`]; after one, no set has changed.
-    pub fn remove(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+    /// As [`Self::protect`].
+    pub(crate) fn prohibit(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
         let mut batch = self.begin();
-        // Deleting what is not there fails, adding what is there does not: added first, everything can be deleted.
-        batch.elements(Change::Add, addresses);
-        batch.elements(Change::Delete, addresses);
+        batch.elements(Change::Add, Kind::Protected, addresses);
+        batch.elements(Change::Add, Kind::Former, addresses);
+        self.commit(batch)
+    }
+
+    /// Removes `addresses` from the sets of the project.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub(crate) fn release(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        for kind in [Kind::Peers, Kind::Former, Kind::Protected] {
+            batch.without(kind, addresses);
+        }
+        self.commit(batch)
+    }
+
+    /// Adds `addresses` to one kind of set; those that are there already are fine.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub(crate) fn add(&mut self, kind: Kind, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.elements(Change::Add, kind, addresses);
+        self.commit(batch)
+    }
+
+    /// Removes `addresses` from one kind of set; those that are not there are fine.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub(crate) fn remove(&mut self, kind: Kind, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.without(kind, addresses);
+        self.commit(batch)
+    }
+
+    /// Adds `addresses` to those that are released, or gives them another ten minutes.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub(crate) fn admit(&mut self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut batch = self.begin();
+        batch.without(Kind::Released, addresses);
+        batch.elements(Change::Add, Kind::Released, addresses);
         self.commit(batch)
     }
 

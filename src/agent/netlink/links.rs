@@ -35,6 +35,8 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Administratively up.
     pub up: bool,
+    /// The loopback device.
+    pub loopback: bool,
     /// A TUN or TAP device.
     pub tun: bool,
     /// Length of its transmit queue, in packets.
@@ -220,6 +222,7 @@ pub(super) fn read_link(message: LinkMessage) -> Link {
         mtu: 0,
         mac: None,
         up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
         tun: false,
         queue: 0,
     };

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::launcher::keys::keygen;
 use crate::proto::noise::Suite;
+use crate::proto::routing::Class;
 
 /// Promised bound on the time from a change to its telling, on a machine that has a moment for us.
 const PROMPT: Duration = Duration::from_millis(50);
@@ -37,8 +38,9 @@ fn key() -> ProjectKey {
     ProjectKey::read(file.path(), "shop", Suite::default()).unwrap()
 }
 
-fn follow(dir: &Path) -> (FileSource, Vec<Change>) {
-    let source = Manifests::open(dir).unwrap().follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
+fn follow(dir: &std::path::Path) -> (FileSource, Vec<Change>) {
+    let source =
+        Manifests::open(&[dir.to_owned()]).unwrap().follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
     let changes = source.whole();
     (source, changes)
 }
@@ -86,7 +88,7 @@ impl Rig {
 
     /// One telling, in time.
     async fn told(&mut self) {
-        let changes = timeout(SEEN, self.source.next()).await.expect("told");
+        let changes = timeout(SEEN, self.source.next()).await.expect("told").changes;
         self.apply(changes);
     }
 
@@ -119,7 +121,7 @@ async fn a_new_file_is_told_within_50_ms() {
 async fn a_changed_file_is_told_with_what_changed_only() {
     let mut rig = Rig::new();
     rig.write("a.yaml", &pod("a", "10.0.0.4"));
-    let changes = timeout(SEEN, rig.source.next()).await.unwrap();
+    let changes = timeout(SEEN, rig.source.next()).await.unwrap().changes;
     assert!(
         matches!(&changes[..], [Change::RemoveWorkload(old), Change::SetWorkload(new)]
             if old.to_string() == "10.0.0.2" && new.address.to_string() == "10.0.0.4"),
@@ -229,7 +231,7 @@ async fn a_folder_that_vanishes_and_returns_is_followed_again() {
     rig.told().await;
     rig.is(&["10.0.0.2", "10.0.0.3", "10.0.0.4"]);
     let changes =
-        timeout(Duration::from_secs(2), rig.source.next()).await.expect("b.yml is missing for good");
+        timeout(Duration::from_secs(2), rig.source.next()).await.expect("b.yml is missing for good").changes;
     rig.apply(changes);
     rig.is(&["10.0.0.2", "10.0.0.4"]);
 }
@@ -273,7 +275,7 @@ fn a_malformed_manifest_stops_the_start_and_is_named() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a.yaml"), "{").unwrap();
     fs::write(dir.path().join("c.yaml"), pod("c", "10.0.0.2")).unwrap();
-    let Err(error) = Manifests::open(dir.path()) else { panic!("started") };
+    let Err(error) = Manifests::open(&[dir.path().to_owned()]) else { panic!("started") };
     assert!(error.to_string().contains("a.yaml") && error.exit_code() == 2, "{error}");
 }
 
@@ -344,7 +346,7 @@ async fn a_config_map_mount_is_followed_through_its_atomic_exchange() {
         symlink(&folder, at("..data_tmp")).unwrap();
         fs::rename(at("..data_tmp"), at("..data")).unwrap();
         fs::remove_dir_all(at(&format!("..{}", n - 1))).unwrap();
-        let changes = timeout(SEEN, source.next()).await.unwrap();
+        let changes = timeout(SEEN, source.next()).await.unwrap().changes;
         assert!(
             matches!(&changes[..], [Change::RemoveWorkload(_), Change::SetWorkload(new)]
                 if new.address.to_string() == format!("10.0.1.{n}")),
@@ -359,8 +361,8 @@ async fn a_cancelled_wait_loses_nothing() {
     rig.write("a.yaml", &pod("a", "10.0.0.4"));
     for _ in 0..10 {
         let told = timeout(Duration::from_millis(1), rig.source.next()).await;
-        if let Ok(changes) = told {
-            rig.apply(changes);
+        if let Ok(news) = told {
+            rig.apply(news.changes);
         }
     }
     if rig.entries.len() == 2 && rig.entries[0].to_string() == "10.0.0.2" {
@@ -373,14 +375,36 @@ async fn a_cancelled_wait_loses_nothing() {
 async fn what_is_written_between_reading_and_following_is_told() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a.yaml"), pod("a", "10.0.0.2")).unwrap();
-    let manifests = Manifests::open(dir.path()).unwrap();
+    let manifests = Manifests::open(&[dir.path().to_owned()]).unwrap();
     assert_eq!(manifests.objects().pods.len(), 1);
     fs::write(dir.path().join("b.yaml"), pod("b", "10.0.0.3")).unwrap();
     let mut source = manifests.follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
     let changes = source.whole();
     assert_eq!(changes.len(), 1);
-    let changes = timeout(SEEN, source.next()).await.unwrap();
+    let changes = timeout(SEEN, source.next()).await.unwrap().changes;
     assert!(matches!(&changes[..], [Change::SetWorkload(w)] if w.address.to_string() == "10.0.0.3"));
+}
+
+#[tokio::test]
+async fn several_folders_are_one_directory_and_others_objects_vouch_for_addresses() {
+    let (shop, bank) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(shop.path().join("a.yaml"), pod("a", "10.0.0.2")).unwrap();
+    fs::write(bank.path().join("a.yaml"), pod("a", "10.0.0.7").replace("shop", "bank")).unwrap();
+    let dirs = [shop.path().to_owned(), bank.path().to_owned()];
+    let manifests = Manifests::open(&dirs).unwrap();
+    let mut source = manifests.follow(key(), vec!["10.0.0.1".parse().unwrap()]).unwrap();
+    let class = |source: &FileSource, address: &str| source.outside().class(address.parse().unwrap());
+    assert_eq!(class(&source, "10.0.0.2"), Class::Own);
+    assert_eq!(class(&source, "10.0.0.7"), Class::Outside);
+    assert_eq!(class(&source, "10.0.0.8"), Class::Unknown);
+    fs::write(bank.path().join("b.yaml"), pod("b", "10.0.0.8").replace("shop", "bank")).unwrap();
+    let news = timeout(SEEN, source.next()).await.unwrap();
+    assert!(news.outside && news.changes.is_empty(), "{news:?}");
+    assert_eq!(class(&source, "10.0.0.8"), Class::Outside);
+    fs::write(shop.path().join("b.yaml"), pod("b", "10.0.0.8")).unwrap();
+    let news = timeout(SEEN, source.next()).await.unwrap();
+    assert!(matches!(&news.changes[..], [Change::SetWorkload(_)]), "{news:?}");
+    assert_eq!(class(&source, "10.0.0.8"), Class::Own, "an address of the project is never vouched for");
 }
 
 #[test]
@@ -389,7 +413,9 @@ fn a_missing_directory_is_a_clear_error() {
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     for path in [dir.path().join("none"), file] {
-        let Err(error) = Manifests::open(&path) else { panic!("{} opened", path.display()) };
+        let Err(error) = Manifests::open(std::slice::from_ref(&path)) else {
+            panic!("{} opened", path.display())
+        };
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains(path.to_str().unwrap()));
     }

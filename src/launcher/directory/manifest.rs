@@ -163,6 +163,7 @@ fn add_document(
 
 fn add_pod(mut value: Value, objects: &mut Objects) -> Result<(), ManifestError> {
     const KIND: &str = "Pod";
+    let host_ports = host_ports(&mut value);
     keep(&mut value, "/spec", &["hostNetwork"]);
     keep(&mut value, "/status", &["phase", "podIP", "podIPs", "hostIP", "hostIPs"]);
     let pod: core::Pod = typed(KIND, value)?;
@@ -175,9 +176,24 @@ fn add_pod(mut value: Value, objects: &mut Objects) -> Result<(), ManifestError>
         live: matches!(status.phase.as_deref(), Some("Pending" | "Running")),
         addresses: addresses(KIND, &id, pod_ips)?,
         host_addresses: addresses(KIND, &id, host_ips)?,
+        host_ports,
     };
     objects.pods.insert(id, pod);
     Ok(())
+}
+
+/// hostPorts of all containers; what does not have the shape of one is none.
+fn host_ports(pod: &mut Value) -> Vec<(Protocol, u16)> {
+    let lists = ["containers", "initContainers"].map(|kind| pod.pointer(&format!("/spec/{kind}")));
+    let containers = lists.into_iter().flatten().filter_map(Value::as_array).flatten();
+    let ports = containers.filter_map(|container| container.get("ports")?.as_array()).flatten();
+    ports
+        .filter_map(|port| {
+            let number = u16::try_from(port.get("hostPort")?.as_u64()?).ok().filter(|port| *port > 0)?;
+            let protocol = port.get("protocol").and_then(Value::as_str);
+            Some((transport(protocol)?, number))
+        })
+        .collect()
 }
 
 fn add_service(value: Value, objects: &mut Objects) -> Result<(), ManifestError> {
@@ -185,21 +201,24 @@ fn add_service(value: Value, objects: &mut Objects) -> Result<(), ManifestError>
     let service: core::Service = typed(KIND, value)?;
     let id = id(KIND, service.metadata)?;
     let spec = service.spec.unwrap_or_default();
-    let ingress = service
-        .status
-        .and_then(|status| status.load_balancer?.ingress)
-        .unwrap_or_default()
-        .into_iter()
-        .filter_map(|ingress| ingress.ip);
+    let ingress = service.status.and_then(|status| status.load_balancer?.ingress).unwrap_or_default();
+    let (proxied, ingress): (Vec<_>, Vec<_>) =
+        ingress.into_iter().partition(|ingress| ingress.ip_mode.as_deref() == Some("Proxy"));
     let is_external_name = spec.type_.as_deref() == Some("ExternalName");
     let mut service = Service { is_external_name, ..Service::default() };
     if !is_external_name {
         let cluster_ips = spec.cluster_ips.unwrap_or_default().into_iter().chain(spec.cluster_ip);
         let cluster_ips = cluster_ips.filter(|ip| !matches!(ip.as_str(), "None" | ""));
         service.cluster_addresses = addresses(KIND, &id, cluster_ips)?;
-        service.ingress_addresses = addresses(KIND, &id, ingress.filter(|ip| !ip.is_empty()))?;
+        service.ingress_addresses = addresses(KIND, &id, ingress.into_iter().filter_map(|i| i.ip))?;
+        service.proxied_addresses = addresses(KIND, &id, proxied.into_iter().filter_map(|i| i.ip))?;
+        service.external_addresses = addresses(KIND, &id, spec.external_ips.unwrap_or_default())?;
     }
     for port in spec.ports.unwrap_or_default() {
+        if let Some(number) = port.node_port.filter(|number| *number != 0) {
+            let port = named_port(KIND, &id, None, port.protocol.clone(), number)?;
+            service.node_ports.push((port.protocol, port.number));
+        }
         service.ports.push(named_port(KIND, &id, port.name, port.protocol, port.port)?);
     }
     service.client_ip_affinity = spec.session_affinity.as_deref() == Some("ClientIP");
@@ -301,15 +320,20 @@ fn named_port(
     protocol: Option<String>,
     number: i32,
 ) -> Result<NamedPort, ManifestError> {
-    let protocol = match protocol.as_deref() {
-        None | Some("" | "TCP") => Protocol::Tcp,
-        Some("UDP") => Protocol::Udp,
-        Some("SCTP") => Protocol::Sctp,
-        Some(other) => return Err(bad_value(kind, id, other, "TCP, UDP or SCTP")),
-    };
+    let protocol = transport(protocol.as_deref())
+        .ok_or_else(|| bad_value(kind, id, protocol.as_deref().unwrap_or_default(), "TCP, UDP or SCTP"))?;
     match u16::try_from(number) {
         Ok(number) if number > 0 => Ok(NamedPort { name: name.unwrap_or_default(), protocol, number }),
         _ => Err(bad_value(kind, id, &number.to_string(), "a port")),
+    }
+}
+
+fn transport(protocol: Option<&str>) -> Option<Protocol> {
+    match protocol {
+        None | Some("" | "TCP") => Some(Protocol::Tcp),
+        Some("UDP") => Some(Protocol::Udp),
+        Some("SCTP") => Some(Protocol::Sctp),
+        Some(_) => None,
     }
 }
 

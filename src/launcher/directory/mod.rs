@@ -13,7 +13,8 @@
 //!
 //! Where two rules meet one address: node, workload, VIP, external endpoint, in this order. Nodes come first because
 //! a captured node address would cut off its kubelet; workloads and VIPs come before external endpoints because
-//! the other way round would let plaintext out. Workloads of a family that our Pod has no address of cannot be peers:
+//! the other way round would let plaintext out. An address that a slice says belongs to a Pod of the project which is not
+//! listed (yet) is a VIP without ports, too. Workloads of a family that our Pod has no address of cannot be peers:
 //! they are VIPs without ports, so that the guard closes the way to them.
 //!
 //! Touches nothing. Source: Kubernetes API reference, Service and EndpointSlice.
@@ -27,6 +28,9 @@ use crate::proto::is_unicast;
 pub mod file;
 mod folder;
 pub mod manifest;
+mod outside;
+
+pub use outside::Outside;
 
 #[cfg(test)]
 mod tests;
@@ -51,6 +55,8 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
     /// status.hostIPs.
     pub host_addresses: Vec<IpAddr>,
+    /// Ports of the node that lead to its containers.
+    pub host_ports: Vec<(Protocol, u16)>,
 }
 
 impl Pod {
@@ -66,8 +72,14 @@ impl Pod {
 pub struct Service {
     /// spec.clusterIPs; none if it is headless or an ExternalName.
     pub cluster_addresses: Vec<IpAddr>,
-    /// status.loadBalancer.ingress.
+    /// status.loadBalancer.ingress, where the address is delivered to the nodes as it is.
     pub ingress_addresses: Vec<IpAddr>,
+    /// The same with ipMode Proxy: a load balancer of its own.
+    pub proxied_addresses: Vec<IpAddr>,
+    /// spec.externalIPs.
+    pub external_addresses: Vec<IpAddr>,
+    /// Ports of every node that lead to it.
+    pub node_ports: Vec<(Protocol, u16)>,
     /// spec.ports.
     pub ports: Vec<NamedPort>,
     /// spec.sessionAffinity is ClientIP.
@@ -175,10 +187,11 @@ impl Entries {
         }
         let mut vips: BTreeMap<_, _> =
             vips.into_iter().map(|(address, vip)| (address, vip.finish(address))).collect();
+        let unconfirmed = view.unconfirmed(project);
         let of_ours = |address: &IpAddr| own.iter().any(|own| own.is_ipv4() == address.is_ipv4());
         let (mut workloads, foreign): (BTreeSet<_>, BTreeSet<_>) =
             view.workloads.into_iter().partition(of_ours);
-        for address in foreign {
+        for address in foreign.into_iter().chain(unconfirmed) {
             vips.entry(address).or_insert(Vip { address, ports: Vec::new(), client_ip_affinity: false });
         }
         let mut exempts = view.nodes;
@@ -240,6 +253,16 @@ impl<'a> View<'a> {
             }
         }
         Self { own, workloads, nodes, host_network, slices }
+    }
+
+    /// Addresses that a slice gives to a Pod of the project which is not listed: the slice may come before the Pod.
+    fn unconfirmed(&self, project: &str) -> BTreeSet<IpAddr> {
+        let endpoints = self.slices.values().flatten().flat_map(|slice| &slice.endpoints);
+        let of_project = |endpoint: &&SliceEndpoint| {
+            endpoint.pod.as_ref().is_some_and(|id| id.namespace == project && !self.host_network.contains(id))
+        };
+        let addresses = endpoints.filter(of_project).flat_map(|endpoint| &endpoint.addresses).copied();
+        addresses.filter(|address| is_unicast(*address) && !self.is_someone(*address)).collect()
     }
 
     /// Returns whether one of its endpoints is external.

@@ -1,19 +1,16 @@
 //! The guard's skeleton: nft tables of our own in the pod's namespace, which outlive agent and launcher.
 //!
-//! 1. [`ruleset()`] writes two tables as plain nft text, one for `inet` hooks and one for the device's egress
-//! 2. [`load`] hands it to the `nft` program inside the pod's namespace: one transaction, all or nothing
-//! 3. the agent fills the sets ([`crate::agent::guard`]); loading again replaces rules and keeps sets, elements, counters
+//! 1. [`ruleset()`] writes two tables as plain nft text, one for `inet` hooks and one for the devices' egress: the rules of
+//!    strict mode (`strict`) say what may pass, those of permissive and audit mode (`counting`) count what may not
+//! 2. [`Door`] is the only way to load it, and the only one to open or remove it
+//! 3. the agent fills the sets of the project's addresses ([`crate::agent::guard`]); the launcher those of [`Facts`]. Loading
+//!    again replaces rules and keeps sets, elements, counters
 //! 4. [`would_drops`] reads what permissive and audit mode let pass, [`listing`] shows whether rules are as they were
-//! 5. [`remove`] deletes both tables, in one transaction
 //!
-//! What it promises in strict mode, whoever sends, by whatever route: to a protected address only datagrams of the tunnel
-//! leave, and port 53 of a resolver is reached by the agent's sockets alone; from a protected address only datagrams of the
-//! tunnel come in. Neighbour discovery and ICMP errors that quote the tunnel pass. What is not from or to a protected address
-//! or a resolver is never touched. Every refusal has a named counter. In permissive and audit mode the same packets pass,
-//! are counted, and their flows are recorded for ten minutes.
-//!
-//! A closed gate lets pass the agent's own datagrams and queries, the answers to them, neighbour discovery and ARP; nothing
-//! else, whether protected or not.
+//! Three states: `filling` passes everything but the addresses filled so far; `closed` passes nothing but the agent's own
+//! datagrams and queries, the answers to them, neighbour discovery and ARP; `open` judges every packet. Every refusal has a
+//! named counter. In permissive and audit mode an open guard lets everything pass, counts what strict mode would refuse
+//! towards the project, and records those flows for ten minutes.
 //!
 //! Hooks: postrouting 300 sees what the stack sends, whole; egress sees every frame, those of packet sockets included;
 //! prerouting -450 sees what comes in before fragments are put together.
@@ -31,34 +28,79 @@ use std::process::{Command, Stdio};
 use serde::Deserialize;
 use siphasher::sip::SipHasher13;
 
-pub use self::ruleset::{Reason, ruleset};
+pub use self::counting::Reason;
+pub use self::door::{Door, OrderedStop, Ready};
+pub use self::facts::{Exemption, Facts, NotAnExemption};
+pub use self::ruleset::ruleset;
 use crate::agent::guard::{SET4, SET6, TABLE};
 use crate::proto::ladder::Mode;
+use crate::proto::ranges::Ranges;
 use crate::sys::exec::in_network_namespace;
 
+mod counting;
+mod door;
+mod facts;
 mod ruleset;
+mod strict;
 
 /// Where the program is looked for when PATH does not have it: sudo and service managers often leave these out.
 const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
+
+/// Guard that keeps the pod closed for the moment in which tables of another shape are replaced.
+const SHIELD: &str = "tencrypt-shield";
 
 /// What the guard of one pod depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skeleton {
     /// What becomes of what may not pass.
     pub mode: Mode,
-    /// Whether what is nobody's business passes.
-    pub gate: Gate,
-    /// The pod's real device; before it is known its egress is not guarded.
-    pub device: Option<DeviceName>,
+    /// How far the pod is open. Changed by [`Door`] alone.
+    pub(super) state: State,
+    /// Every device of the pod but `lo` and `tenc0`; frames of packet sockets on others are not guarded.
+    pub devices: Vec<DeviceName>,
     /// UDP port of the tunnel, ours and every peer's.
     pub tunnel_port: u16,
     /// Resolvers whose port 53 is captured.
     pub resolvers: Vec<IpAddr>,
     /// LO-HI: the ports of the agent's own sockets towards the resolvers.
     pub dns_ports: RangeInclusive<u16>,
+    /// The cluster's pod and service ranges; empty: an address that nobody names passes.
+    pub ranges: Ranges,
+    /// What the operator vouches for.
+    pub exempt: Vec<Exemption>,
+    /// Link-local addresses, groups and broadcast pass.
+    pub allow_link_scope: bool,
+    /// A DHCP client of the pod is let through.
+    pub allow_dhcp: bool,
+    /// What is known of the world outside the project.
+    pub facts: Facts,
 }
 
 impl Skeleton {
+    /// A closed pod of which nothing is known but the tunnel's port.
+    #[must_use]
+    pub fn closed(mode: Mode, tunnel_port: u16, devices: Vec<DeviceName>) -> Self {
+        Self {
+            mode,
+            state: State::Closed,
+            devices,
+            tunnel_port,
+            resolvers: Vec::new(),
+            dns_ports: 1..=1,
+            ranges: Ranges::default(),
+            exempt: Vec::new(),
+            allow_link_scope: false,
+            allow_dhcp: false,
+            facts: Facts::default(),
+        }
+    }
+
+    /// How far the pod is open: `filling`, `closed` or `open`.
+    #[must_use]
+    pub const fn state(&self) -> &'static str {
+        self.state.word()
+    }
+
     /// Tells this skeleton from others, also those of other builds.
     #[must_use]
     pub fn digest(&self) -> u64 {
@@ -66,18 +108,34 @@ impl Skeleton {
     }
 }
 
-/// Whether the pod speaks at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Gate {
-    /// What is neither protected nor a resolver passes.
-    #[default]
-    Open,
+/// How far the pod is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Everything passes but what is protected so far; only where none of our tables was before.
+    Filling,
     /// Nothing passes but what the agent needs to protect the pod.
     Closed,
+    /// Every packet is judged.
+    Open,
+}
+
+impl State {
+    /// The chain that a hook ends in: `in`, `out` or `frame`.
+    fn chain(self, direction: &str) -> String {
+        format!("{}_{direction}", self.word())
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Filling => "filling",
+            Self::Closed => "closed",
+            Self::Open => "open",
+        }
+    }
 }
 
 /// A device name that can stand in a ruleset between quotes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeviceName(String);
 
 impl TryFrom<&str> for DeviceName {
@@ -179,23 +237,45 @@ const NO_EGRESS: [&str; 3] = ["Operation not supported", "unknown chain hook", "
 /// Loads the skeleton into the network namespace `netns`, or replaces the rules of the one that is there.
 ///
 /// # Errors
-/// See [`Error`]; after one, what was there before is unchanged.
-pub fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
-    match load_over(netns, skeleton, |_| String::new(), |_| String::new()) {
-        // What has our name is not ours to load over: dormant, or with sets or chains of another kind. It goes in the same
-        // transaction; addresses that stand in its sets are kept.
-        Err(Error::Refused { .. }) => {
-            let kept = |family: &str| elements(netns, family);
-            let kept = [("inet", kept("inet")), ("netdev", kept("netdev"))];
-            load_over(netns, skeleton, removal, |families| {
-                kept.iter()
-                    .filter(|(family, _)| families.contains(family))
-                    .map(|(_, text)| text.as_str())
-                    .collect()
-            })
-        }
+/// See [`Error`]; after one, what was there before is unchanged, or the pod is closed.
+fn load(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
+    match load_over(netns, skeleton) {
+        // What has our name cannot be loaded over: it is dormant, or has sets or chains of another kind.
+        Err(Error::Refused { .. }) => replace(netns, skeleton),
         loaded => loaded,
     }
+}
+
+/// Replaces tables of another shape. Old rules must not run on sets that are being deleted: a guard of its own, which drops
+/// everything, stands before them meanwhile. Addresses in the sets are kept.
+fn replace(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
+    let kept = elements(netns, "inet") + &elements(netns, "netdev");
+    nft(netns, "shield", &["-f", "-"], &shield())?;
+    remove_tables(netns, &[TABLE])?;
+    let loaded = load_over(netns, skeleton)?;
+    // Addresses that a set of the new shape cannot take are filled in by the agent.
+    if let Err(error) = nft(netns, "refill", &["-f", "-"], &kept) {
+        tracing::debug!(%error, "addresses of the former guard were not kept");
+    }
+    remove_tables(netns, &[SHIELD])?;
+    Ok(loaded)
+}
+
+/// Drops everything, in front of every other table of ours.
+fn shield() -> String {
+    format!(
+        "table inet {SHIELD} {{
+    chain postrouting {{
+        type filter hook postrouting priority 299; policy drop;
+        oifname \"lo\" accept
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority -451; policy drop;
+        iifname \"lo\" accept
+    }}
+}}
+"
+    )
 }
 
 /// What puts the addresses that our sets in this family hold there again.
@@ -215,48 +295,54 @@ fn elements(netns: &OwnedFd, family: &str) -> String {
     })
 }
 
-/// `first` and `last`: what is done in the same transaction before and after, with the tables of these families.
-fn load_over(
-    netns: &OwnedFd,
-    skeleton: &Skeleton,
-    first: impl Fn(&[&str]) -> String,
-    last: impl Fn(&[&str]) -> String,
-) -> Result<Loaded, Error> {
-    let load = |families: &[&str], egress| {
-        nft(netns, "load", &["-f", "-"], &(first(families) + &ruleset(skeleton, egress) + &last(families)))
-    };
-    match load(&["inet", "netdev"], true) {
+fn load_over(netns: &OwnedFd, skeleton: &Skeleton) -> Result<Loaded, Error> {
+    let load = |egress| nft(netns, "load", &["-f", "-"], &ruleset(skeleton, egress));
+    match load(true) {
         Ok(_) => Ok(Loaded::Full),
         Err(Error::Refused { stderr, .. }) if NO_EGRESS.iter().any(|words| stderr.contains(words)) => {
-            load(&["inet"], false)?;
+            load(false)?;
             Ok(Loaded::WithoutEgress(stderr))
         }
         Err(error) => Err(error),
     }
 }
 
-/// Removes the tables of these families. Deleting what is not there fails, adding what is there does not.
-fn removal(families: &[&str]) -> String {
-    families.iter().fold(String::new(), |mut text, family| {
-        writeln!(text, "add table {family} {TABLE}\ndelete table {family} {TABLE}").expect("a string");
-        text
-    })
+/// How the guard is in `netns`, before this launcher changed anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// No table of ours.
+    Nothing,
+    /// Closed, half made, or not understood.
+    Closed,
+    /// A launcher opened it, for an agent that was ready.
+    Open {
+        /// Its rules are those of strict mode.
+        strict: bool,
+    },
 }
 
-/// Whether the skeleton, or what is left of one, is in `netns`.
-///
-/// # Errors
-/// See [`Error`].
-pub fn is_loaded(netns: &OwnedFd) -> Result<bool, Error> {
+fn find(netns: &OwnedFd) -> Result<Found, Error> {
     let tables = nft(netns, "list the tables of", &["list", "tables"], "")?;
-    Ok(tables.lines().any(|line| line.split_whitespace().last() == Some(TABLE)))
+    let ours = |name| tables.lines().any(|line| line.split_whitespace().last() == Some(name));
+    if !ours(TABLE) {
+        return Ok(if ours(SHIELD) { Found::Closed } else { Found::Nothing });
+    }
+    let hook = nft(netns, "list a chain of", &["list", "chain", "inet", TABLE, "postrouting"], "");
+    let hook = hook.unwrap_or_default();
+    let open = hook.contains(&format!("goto {}", State::Open.chain("out")));
+    let strict = hook.contains("policy drop");
+    Ok(if open && !ours(SHIELD) { Found::Open { strict } } else { Found::Closed })
 }
 
-/// Removes both tables; tables that are not there are fine.
-///
-/// # Errors
-/// See [`Error`].
-pub fn remove(netns: &OwnedFd) -> Result<(), Error> {
+/// Removes tables of both families. Deleting what is not there fails, adding what is there does not.
+fn remove_tables(netns: &OwnedFd, names: &[&str]) -> Result<(), Error> {
+    let removal = |families: &[&str]| -> String {
+        let tables = families.iter().flat_map(|family| names.iter().map(move |name| (family, name)));
+        tables.fold(String::new(), |mut text, (family, name)| {
+            writeln!(text, "add table {family} {name}\ndelete table {family} {name}").expect("a string");
+            text
+        })
+    };
     match nft(netns, "remove", &["-f", "-"], &removal(&["inet", "netdev"])) {
         // A kernel without the netdev family.
         Err(Error::Refused { .. }) => nft(netns, "remove", &["-f", "-"], &removal(&["inet"])).map(drop),
@@ -498,7 +584,7 @@ fn parse_table(json: &str) -> Result<Vec<WouldDrop>, serde_json::Error> {
                 }
                 Key::Portless(source, destination, protocol) => (source, destination, protocol, None),
             };
-            let idle_s = ruleset::RECORDS_TIMEOUT_S.saturating_sub(elem.expires);
+            let idle_s = counting::RECORDS_TIMEOUT_S.saturating_sub(elem.expires);
             let packets = elem.counter.packets;
             records.push(WouldDrop { reason, source, destination, protocol, ports, packets, idle_s });
         }

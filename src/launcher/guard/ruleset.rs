@@ -1,524 +1,452 @@
 //! The guard's text: what a [`Skeleton`] becomes for `nft -f`.
 //!
-//! 1. every mode and gate declares the same sets, counters and regular chains, so one replaces another in place
-//! 2. the hooks differ: closed, they refuse all but what the agent itself needs; open, they judge what is protected
-//! 3. what an open gate refuses ends in [`Reason::refuse`] and nowhere else: dropped and counted in strict mode, counted,
-//!    recorded and accepted below. So what permissive and audit mode record is what strict mode drops
-//! 4. a packet of the stack that was recorded is not judged a second time at the device's egress: it bears a bit of the mark
-//!    from the one hook to the other, and loses it there. Strict mode would have dropped it at the first
-//!
-//! Cost for a packet that is nobody's business: one set look-up at each hook, and two where its port is 53.
+//! 1. every mode and state declares the same sets, counters and regular chains, so one replaces another in place; what a
+//!    mode does not use is empty
+//! 2. chains that all modes share: the agent's own packets, and the closed state
+//! 3. strict mode adds the chains of `strict`, permissive and audit mode those of `counting`
+//! 4. the elements that the launcher knows replace those of its sets, in the same transaction
 //!
 //! Source: nft(8).
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use super::{DeviceName, Gate, Skeleton};
-use crate::agent::guard::{SET4, SET6, TABLE};
+use super::{DeviceName, Reason, Skeleton, counting, strict};
+use crate::agent::guard::{CHAINS, EGRESS_CHAIN, NETDEV_CHAINS, TABLE};
 use crate::agent::netlink::MARK;
 use crate::agent::tun;
 use crate::proto::ladder::Mode;
 
-/// Flows that one set of records holds, and how long after their last packet. A set costs 16 bytes per flow that it may
-/// hold, in every mode: packet sockets and resolvers have few flows, and so have protocols without ports.
-const RECORDS_SIZE: u32 = 16_384;
-const FEW_RECORDS_SIZE: u32 = 2_048;
-pub(super) const RECORDS_TIMEOUT_S: u64 = 600;
+/// A bit of the mark that no part of [`MARK`] is: a packet bears it from postrouting to the device's egress, where it is
+/// taken off.
+pub(super) const JUDGED: u32 = 0x0100_0000;
+const _: () = assert!(MARK & JUDGED == 0, "the agent's own datagrams bear no such bit");
 
-/// A bit of the mark that no part of [`MARK`] is.
-const RECORDED: u32 = 0x0100_0000;
-const _: () = assert!(MARK & RECORDED == 0, "the agent's own datagrams bear no such bit");
+/// Named counters of strict mode, in both tables. Those of [`Reason`] come beside them.
+const COUNTERS: [&str; 15] = [
+    "not_protected",
+    "marked_other",
+    "dns_forged",
+    "former",
+    "link_scope",
+    "broadcast",
+    "source_route",
+    "dhcp",
+    "nodeport_to_self",
+    "unclassified",
+    "asks",
+    "tun_source",
+    "no_ip",
+    "frame",
+    "raw",
+];
 
-/// Protocols whose header begins with two ports.
-const WITH_PORTS: &str = "{ tcp, udp, sctp, dccp, udplite }";
-
-/// Neighbour discovery, which routers do not forward.
-const NEIGHBOURS: &str = "icmpv6 type 133-137 ip6 hoplimit 255 accept";
-
-/// Why strict mode does not let a packet pass that leaves or enters by an open gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Reason {
-    /// It left the stack in clear, for a protected address.
-    Outbound,
-    /// It left a packet socket in clear, for a protected address.
-    Egress,
-    /// It came in clear, from a protected address.
-    Inbound,
-    /// It left for port 53 of a resolver, and was not the agent's.
-    Dns,
+/// Both families have the same rules but for these words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
 }
 
-impl Reason {
-    /// Every reason.
-    pub const ALL: [Self; 4] = [Self::Outbound, Self::Egress, Self::Inbound, Self::Dns];
+impl Family {
+    pub(super) const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The word used in status and docs: the counter of what strict mode drops for it.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    /// The header's name, the ending of sets and chains, and the header's field that names what it carries.
+    pub(super) const fn words(self) -> (&'static str, u8, &'static str) {
         match self {
-            Self::Outbound => "outbound_postrouting",
-            Self::Egress => "outbound_egress",
-            Self::Inbound => "inbound",
-            Self::Dns => "dns_escaped",
+            Self::V4 => ("ip", 4, "protocol"),
+            Self::V6 => ("ip6", 6, "nexthdr"),
         }
     }
 
-    /// What its counter, its chain and its sets below strict mode are called, up to their beginnings and endings.
-    const fn name(self) -> &'static str {
+    pub(super) const fn icmp(self) -> &'static str {
         match self {
-            Self::Outbound => "outbound",
-            Self::Egress => "egress",
-            Self::Inbound => "inbound",
-            Self::Dns => "dns",
+            Self::V4 => "icmp",
+            Self::V6 => "icmpv6",
         }
     }
 
-    /// The reason that a set of records stands for.
-    pub(super) fn of_set(set: &str) -> Option<Self> {
-        let name = set.strip_prefix("would_drop_")?.strip_suffix("_portless").unwrap_or(set);
-        let name = name.strip_prefix("would_drop_").unwrap_or(name);
-        Self::ALL
-            .into_iter()
-            .find(|reason| [4, 6].iter().any(|family| name == format!("{}{family}", reason.name())))
-    }
-
-    /// The one way to refuse a packet at an open gate: the end of a rule.
-    fn refuse(self, mode: Mode) -> String {
-        match mode {
-            Mode::Strict => format!("counter name {} drop", self.as_str()),
-            Mode::Permissive | Mode::Audit => {
-                format!("counter name would_drop_{0} goto record_{0}", self.name())
-            }
+    /// Types of ICMP errors, for a list in braces.
+    pub(super) const fn errors(self) -> &'static str {
+        match self {
+            Self::V4 => "destination-unreachable, time-exceeded, parameter-problem",
+            Self::V6 => "destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
         }
     }
 
-    /// What [`Self::refuse`] refers to: counters, sets, and the chain that notes the flow and accepts. `note` is a rule in
-    /// front of it. A later fragment is noted without ports, as is everything while the set is full.
-    fn declared(self, note: &str) -> String {
-        let (name, dropped) = (self.name(), self.as_str());
-        let size = match self {
-            Self::Outbound | Self::Inbound => RECORDS_SIZE,
-            Self::Egress | Self::Dns => FEW_RECORDS_SIZE,
+    /// Matches an ICMP error that quotes a datagram of the tunnel, which came from and went to its port: without IPv4
+    /// options, as it is sent.
+    pub(super) fn quote(self, port: u16) -> String {
+        let (icmp, errors) = (self.icmp(), self.errors());
+        let quoted = match self {
+            Self::V4 => format!("@th,64,8 0x45 @th,136,8 17 @th,224,16 {port} @th,240,16 {port}"),
+            Self::V6 => format!("@th,112,8 17 @th,384,16 {port} @th,400,16 {port}"),
         };
-        let mut text = format!("\n    counter {dropped} {{ }}\n    counter would_drop_{name} {{ }}");
-        for (suffix, ports, size) in
-            [("", " . inet_service . inet_service", size), ("_portless", "", FEW_RECORDS_SIZE)]
-        {
-            for (family, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
-                write!(
-                    text,
-                    "\n    set would_drop_{name}{family}{suffix} {{ type {address} . {address} . inet_proto{ports}; \
-                     flags dynamic,timeout; size {size}; timeout {RECORDS_TIMEOUT_S}s; counter; }}"
-                )
-                .expect("a string");
-            }
+        format!("{icmp} type {{ {errors} }} {quoted}")
+    }
+
+    /// Ports of DHCP's client and server.
+    pub(super) const fn dhcp_ports(self) -> (u16, u16) {
+        match self {
+            Self::V4 => (68, 67),
+            Self::V6 => (546, 547),
         }
-        write!(
-            text,
-            "
-    chain record_{name} {{{note}
-        # A later fragment shows no ports, though nft would read some.
-        ip frag-off & 0x1fff != 0 update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
-        frag frag-off != 0 update @would_drop_{name}6_portless {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
-        meta l4proto {WITH_PORTS} update @would_drop_{name}4 {{ ip saddr . ip daddr . meta l4proto . th sport . th dport }} accept
-        meta l4proto {WITH_PORTS} update @would_drop_{name}6 {{ ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport }} accept
-        update @would_drop_{name}4_portless {{ ip saddr . ip daddr . meta l4proto }} accept
-        update @would_drop_{name}6_portless {{ ip6 saddr . ip6 daddr . meta l4proto }} accept
-        accept
-    }}"
-        )
-        .expect("a string");
-        text
+    }
+
+    pub(super) const fn has(self, address: &IpAddr) -> bool {
+        address.is_ipv4() == matches!(self, Self::V4)
     }
 }
 
-/// The skeleton as text for `nft -f`; `egress` adds the table at the device's egress, if there is a device.
+/// The skeleton as text for `nft -f`; `egress` adds the table at the devices' egress, if there is a device.
 ///
 /// `flush table` removes rules and keeps chains, sets, elements and counters, so the text can be loaded again at any time,
-/// also for another mode or gate.
+/// also for another mode or state.
 #[must_use]
 pub fn ruleset(skeleton: &Skeleton, egress: bool) -> String {
-    let device = skeleton.device.as_ref().filter(|_| egress).map(DeviceName::to_string);
-    let mut text = inet(skeleton, device.as_deref());
-    if let Some(device) = device {
-        text += &netdev(skeleton, &device);
+    let mut text = inet(skeleton);
+    if egress && !skeleton.devices.is_empty() {
+        text += &netdev(skeleton);
     }
     text
 }
 
-/// `egress`: the device at whose egress there is a table too.
-fn inet(skeleton: &Skeleton, egress: Option<&str>) -> String {
+fn inet(skeleton: &Skeleton) -> String {
     let tun = tun::NAME;
-    let refuse = Reason::Inbound.refuse(skeleton.mode);
-    let (postrouting, prerouting) = match skeleton.gate {
-        Gate::Open => (
-            judge_outbound(),
-            format!("\n        ip saddr @{SET4} goto inbound\n        ip6 saddr @{SET6} goto inbound"),
-        ),
-        Gate::Closed => (goto("closed_outbound"), goto("closed_inbound")),
+    let (out, inward) = (skeleton.state.chain("out"), skeleton.state.chain("in"));
+    let (policy, from_tunnel) = match skeleton.mode {
+        Mode::Strict => ("drop", "goto from_tunnel"),
+        Mode::Permissive | Mode::Audit => ("accept", "accept"),
     };
-    let note = egress.map_or_else(String::new, |device| {
-        format!("\n        oifname \"{device}\" meta mark set meta mark or {RECORDED:#x}")
-    });
+    let rules = match skeleton.mode {
+        Mode::Strict => strict::inet(skeleton),
+        Mode::Permissive | Mode::Audit => counting::inet(skeleton),
+    };
     format!(
         "add table inet {TABLE}
 flush table inet {TABLE}
-table inet {TABLE} {{{sets}
-    # Below strict: what strict mode would drop, once per packet.{records}
-{outbound}
-
-    # Everything that comes from a protected address.
-    chain inbound {{
-        # A datagram of the tunnel is never a fragment.
-        ip frag-off & 0x3fff != 0 {refuse}
-        exthdr frag exists {refuse}
-        meta l4proto udp udp sport {port} udp dport {port} accept
-{control}
-        {refuse}
-    }}
-{closed_inbound}
+table inet {TABLE} {{{sets}{counters}
+    # Below strict: what strict mode would drop, once per packet.{records}{chains}
+    chain pass {{
+        meta mark set meta mark or {JUDGED:#x} accept
+    }}{agents}{control}{closed}{rules}
     chain postrouting {{
-        type filter hook postrouting priority 300; policy accept;
+        type filter hook postrouting priority 300; policy {policy};
         oifname \"lo\" accept
-        oifname \"{tun}\" accept{postrouting}
+        oifname \"{tun}\" accept
+        goto {out}
     }}
-
     chain prerouting {{
-        type filter hook prerouting priority -450; policy accept;
+        type filter hook prerouting priority -450; policy {policy};
         iifname \"lo\" accept
-        iifname \"{tun}\" accept{prerouting}
+        iifname \"{tun}\" {from_tunnel}
+        goto {inward}
     }}
 }}
-",
-        sets = sets(),
-        records =
-            Reason::Outbound.declared(&note) + &Reason::Inbound.declared("") + &Reason::Dns.declared(&note),
-        outbound = outbound(skeleton, Reason::Outbound),
-        port = skeleton.tunnel_port,
-        control = control(skeleton.tunnel_port),
-        closed_inbound = closed_inbound(skeleton),
+{elements}",
+        sets = sets(&INET_SETS),
+        counters = counters(),
+        records = [Reason::Outbound, Reason::Inbound, Reason::Dns].map(Reason::declared).concat(),
+        chains = chains(CHAINS),
+        agents = agents(skeleton),
+        control = control(),
+        closed = closed(skeleton.tunnel_port),
+        elements = elements("inet", &Elements::of(skeleton).all),
     )
 }
 
-/// The table at the device's egress: it sees frames of packet sockets too.
-fn netdev(skeleton: &Skeleton, device: &str) -> String {
-    let rules = match (skeleton.gate, skeleton.mode) {
-        // Whatever is not ARP, tagged frames and unknown protocols included.
-        (Gate::Closed, _) => format!("\n        meta protocol arp accept{}", goto("closed_outbound")),
-        (Gate::Open, Mode::Strict) => judge_outbound(),
-        (Gate::Open, Mode::Permissive | Mode::Audit) => {
-            let kept = !RECORDED;
-            format!(
-                "\n        meta mark and {RECORDED:#x} != 0 meta mark set meta mark and {kept:#x} accept{}",
-                judge_outbound()
-            )
-        }
+/// The table at the devices' egress: it sees frames of packet sockets too.
+fn netdev(skeleton: &Skeleton) -> String {
+    let rules = match skeleton.mode {
+        Mode::Strict => strict::netdev(skeleton),
+        Mode::Permissive | Mode::Audit => counting::netdev(skeleton),
     };
+    let policy = if skeleton.mode == Mode::Strict { "drop" } else { "accept" };
+    let frame = skeleton.state.chain("frame");
+    let mut hooks = String::new();
+    for device in &skeleton.devices {
+        let _ = write!(
+            hooks,
+            "
+    chain {chain} {{
+        type filter hook egress device \"{device}\" priority 0; policy {policy};
+        goto {frame}
+    }}",
+            chain = egress_chain(device),
+        );
+    }
     format!(
         "
 add table netdev {TABLE}
 flush table netdev {TABLE}
-table netdev {TABLE} {{{sets}
-    # Below strict: what strict mode would drop of packet sockets' frames.{records}
-{outbound}
-
-    chain egress {{
-        type filter hook egress device \"{device}\" priority 0; policy accept;{rules}
-    }}
+table netdev {TABLE} {{{sets}{counters}
+    # Below strict: what strict mode would drop of packet sockets' frames.{records}{chains}{closed}{rules}{hooks}
 }}
-",
-        sets = sets(),
-        records = Reason::Egress.declared("") + &Reason::Dns.declared(""),
-        outbound = outbound(skeleton, Reason::Egress),
+{elements}",
+        sets = sets(&NETDEV_SETS),
+        counters = counters(),
+        records = [Reason::Egress, Reason::Dns].map(Reason::declared).concat(),
+        chains = chains(NETDEV_CHAINS),
+        closed = closed_frames(skeleton),
+        elements = elements("netdev", &Elements::of(skeleton).netdev()),
     )
 }
 
-/// What both tables declare.
-fn sets() -> String {
-    format!(
-        "
-    set {SET4} {{ type ipv4_addr; }}
-    set {SET6} {{ type ipv6_addr; }}
-    counter not_protected {{ }}"
-    )
+/// The name of the base chain at a device's egress.
+pub(super) fn egress_chain(device: &DeviceName) -> String {
+    EGRESS_CHAIN.to_owned() + &crate::agent::guard::chain_suffix(&device.to_string())
 }
 
-/// What passes in both directions besides the tunnel.
-fn control(port: u16) -> String {
-    format!(
-        "        # Neighbour discovery.
-        {NEIGHBOURS}
-        # ICMP errors that quote a datagram of the tunnel, which came from and went to its port: without IPv4 options, as they are sent.
-        icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} @th,64,8 0x45 @th,136,8 17 @th,224,16 {port} @th,240,16 {port} accept
-        icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} @th,112,8 17 @th,384,16 {port} @th,400,16 {port} accept"
-    )
+/// Name without the family, type, and what follows it.
+type Declared = (&'static str, &'static str, &'static str);
+
+/// `protected`, `peers`, `former` and `released` are the agent's, the dynamic ones the rules' own, the others the launcher's.
+const INET_SETS: [Declared; 13] = [
+    ("protected", "ADDRESS", ""),
+    ("peers", "ADDRESS", ""),
+    ("former", "ADDRESS", ""),
+    // 4,096 for the agent, and room for those that take the place of others in one batch.
+    ("released", "ADDRESS", "flags timeout; timeout 10m; size 4608;"),
+    ("resolvers", "ADDRESS", ""),
+    ("nodes", "ADDRESS", ""),
+    ("externals", "ADDRESS . inet_proto . inet_service", ""),
+    // Destinations with a rule of their own: one look-up for all kinds.
+    ("special", "ADDRESS", ""),
+    ("asked", "ADDRESS", "flags dynamic,timeout; timeout 1s; size 128;"),
+    ("seen", "ADDRESS", "flags dynamic,timeout; timeout 10m; size 1024;"),
+    ("fresh", "ADDRESS", "flags dynamic,timeout; timeout 2s; size 128;"),
+    (
+        "answering",
+        "ADDRESS . inet_proto . inet_service . inet_service",
+        "flags dynamic,timeout; timeout 2s; size 1024;",
+    ),
+    ("gateways", "ifname . ADDRESS", ""),
+];
+const NETDEV_SETS: [Declared; 2] = [("protected", "ADDRESS", ""), ("resolvers", "ADDRESS", "")];
+
+fn sets(declared: &[Declared]) -> String {
+    let mut text = String::new();
+    for (name, kind, rest) in declared {
+        for (n, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+            let kind = kind.replace("ADDRESS", address);
+            let _ = write!(text, "\n    set {name}{n} {{ type {kind}; {rest} }}");
+        }
+    }
+    if declared.len() == INET_SETS.len() {
+        text += "\n    set node_ports { type inet_proto . inet_service; }\n    set broadcasts4 { type ipv4_addr; }";
+    }
+    text
 }
 
-/// The chains of what leaves, alike in both tables but for the reason to refuse it.
-fn outbound(skeleton: &Skeleton, reason: Reason) -> String {
-    let (refuse, refuse_dns) = (reason.refuse(skeleton.mode), Reason::Dns.refuse(skeleton.mode));
+fn counters() -> String {
+    COUNTERS.map(|name| format!("\n    counter {name} {{ }}")).concat()
+}
+
+/// Declared before there are rules in them: a mode leaves those of others empty.
+fn chains(names: &[&str]) -> String {
+    let hooks = ["postrouting", "prerouting"];
+    let regular = names.iter().filter(|name| !hooks.contains(name) && !name.starts_with("record_"));
+    regular.map(|name| format!("\n    chain {name} {{ }}")).collect()
+}
+
+/// What bears the agent's mark: without options, extension headers and fragments. Anything else that bears it is dropped.
+fn agents(skeleton: &Skeleton) -> String {
     let Skeleton { tunnel_port: port, dns_ports, .. } = skeleton;
     let (lo, hi) = (dns_ports.start(), dns_ports.end());
-    let resolver = resolvers(skeleton, |family, set| format!("\n        {family} daddr {set} goto resolver"));
-    let own_query = resolvers(skeleton, |family, set| {
+    let mut text = "
+    chain agents {
+        meta nfproto ipv4 goto agents4
+        meta nfproto ipv6 goto agents6
+        counter name marked_other drop
+    }
+    # Type 4 may be a train of segments: the word of the first is all that is seen.
+    chain tunnel {
+        @th,64,32 0x04000000 udp length >= 40 goto pass
+        @th,64,32 0x01000000 udp length 156 goto pass
+        @th,64,32 0x02000000 udp length 100 goto pass
+        @th,64,32 0x03000000 udp length 72 goto pass
+        counter name marked_other drop
+    }"
+    .to_owned();
+    for family in Family::ALL {
+        let (ip, n, l4) = family.words();
+        let plain = match family {
+            Family::V4 => {
+                "
+        @nh,0,8 != 0x45 counter name marked_other drop
+        ip frag-off & 0x3fff != 0 counter name marked_other drop"
+            }
+            Family::V6 => "",
+        };
+        let _ = write!(
+            text,
+            "
+    chain agents{n} {{{plain}
+        {ip} daddr @peers{n} {ip} {l4} udp udp sport {port} udp dport {port} goto tunnel
+        # A resolver that belongs to the project is asked through the tunnel.
+        {ip} daddr @protected{n} counter name marked_other drop
+        {ip} daddr @resolvers{n} {ip} {l4} udp udp sport {lo}-{hi} udp dport 53 goto pass
+        {ip} daddr @resolvers{n} {ip} {l4} tcp tcp sport {lo}-{hi} tcp dport 53 goto pass
+        counter name marked_other drop
+    }}"
+        );
+    }
+    // A forged answer for the application's own port. Later fragments of an answer pass: without their first they are
+    // nothing, and in those of IPv4 nft would take payload for ports.
+    let _ = write!(
+        text,
+        "
+    chain resolver_in {{
+        ip frag-off & 0x1fff != 0 accept
+        frag frag-off != 0 accept
+        th sport 53 th dport {lo}-{hi} accept
+        th sport 53 counter name dns_forged drop
+    }}"
+    );
+    text
+}
+
+/// Neighbour discovery, which routers do not forward, and MLD.
+fn control() -> String {
+    "
+    chain control_out6 {
+        icmpv6 type 133-137 ip6 hoplimit 255 goto pass
+        icmpv6 type 130-132 ip6 hoplimit 1 goto pass
+        icmpv6 type 143 ip6 hoplimit 1 goto pass
+    }
+    chain control_in6 {
+        icmpv6 type 133-137 ip6 hoplimit 255 accept
+        icmpv6 type 130-132 ip6 hoplimit 1 accept
+        icmpv6 type 143 ip6 hoplimit 1 accept
+    }"
+    .to_owned()
+}
+
+/// The closed state: nothing passes but what the agent needs to protect the pod.
+fn closed(port: u16) -> String {
+    let from_peers = Family::ALL.map(Family::words).map(|(ip, n, l4)| {
         format!(
-            "\n        meta mark {MARK:#x} {family} daddr {set} meta l4proto {{ tcp, udp }} th dport 53 th sport {lo}-{hi} accept"
+            "
+        {ip} saddr @resolvers{n} jump resolver_in
+        {ip} saddr @peers{n} {ip} {l4} udp udp sport {port} udp dport {port} accept"
         )
     });
-    // Marked by the agent, of one of the protocol's four message types.
-    let tunnel = format!(
-        "meta mark {MARK:#x} meta l4proto udp udp sport {port} @th,64,32 {{ 0x01000000, 0x02000000, 0x03000000, 0x04000000 }} accept"
-    );
     format!(
         "
-    # Everything that leaves for a protected address.
-    chain outbound {{
-        # Datagrams of the tunnel.
-        {tunnel}
-{control}
-        {refuse}
+    chain closed_out {{
+        meta mark {MARK:#x} goto agents
+        meta l4proto icmpv6 jump control_out6
+        counter name not_protected drop
     }}
-
-    # Everything that leaves for port 53 of a resolver.
-    chain resolver {{
-        meta mark {MARK:#x} th sport {lo}-{hi} accept
-        {refuse_dns}
-    }}
-
-    # Everything that leaves for port 53.
-    chain dns {{{resolver}
-    }}
-
-    # Everything that leaves while the gate is closed.
-    chain closed_outbound {{
-        {tunnel}{own_query}
-        {NEIGHBOURS}
+    chain closed_in {{
+        meta l4proto icmpv6 jump control_in6
+        # The first fragment would look like a datagram of the tunnel.
+        ip frag-off & 0x3fff != 0 counter name not_protected drop{from_peers}
         counter name not_protected drop
     }}",
-        control = control(*port),
+        from_peers = from_peers.concat(),
     )
 }
 
-fn closed_inbound(skeleton: &Skeleton) -> String {
-    let Skeleton { tunnel_port: port, dns_ports, .. } = skeleton;
-    let (lo, hi) = (dns_ports.start(), dns_ports.end());
-    let answer = resolvers(skeleton, |family, set| {
-        format!(
-            "\n        {family} saddr {set} meta l4proto {{ tcp, udp }} th sport 53 th dport {lo}-{hi} accept"
-        )
-    });
+/// The closed state at egress: of what bears the bit, marked packets and neighbour discovery alone were let out.
+fn closed_frames(skeleton: &Skeleton) -> String {
+    let marked = MARK | JUDGED;
     format!(
         "
-    # Everything that comes in while the gate is closed.
-    chain closed_inbound {{
-        # The first fragment would look like a datagram of the tunnel.
-        ip frag-off & 0x3fff != 0 counter name not_protected drop
-        exthdr frag exists counter name not_protected drop
-        meta l4proto udp udp sport {port} udp dport {port} accept{answer}
-        {NEIGHBOURS}
+    chain arp_frame {{
+        meta length 42-60 accept
+        counter name frame drop
+    }}
+    chain closed_frame {{
+        ether type arp meta protocol arp goto arp_frame
+        ip daddr @protected4 goto closed_tunnel4
+        ip6 daddr @protected6 goto closed_tunnel6
+        meta mark {marked:#x} meta mark set {MARK:#x} accept
+        icmpv6 type 133-137 ip6 hoplimit 255 meta mark set meta mark & {unjudged:#x} accept
+        icmpv6 type 130-132 ip6 hoplimit 1 meta mark set meta mark & {unjudged:#x} accept
+        icmpv6 type 143 ip6 hoplimit 1 meta mark set meta mark & {unjudged:#x} accept
         counter name not_protected drop
     }}
-"
+    chain closed_tunnel4 {{{tunnel4}
+        counter name not_protected drop
+    }}
+    chain closed_tunnel6 {{{tunnel6}
+        icmpv6 type 133-137 ip6 hoplimit 255 meta mark set meta mark & {unjudged:#x} accept
+        counter name not_protected drop
+    }}",
+        unjudged = !JUDGED,
+        tunnel4 = strict::tunnel_frames(skeleton.tunnel_port, Family::V4),
+        tunnel6 = strict::tunnel_frames(skeleton.tunnel_port, Family::V6),
     )
 }
 
-/// The rules of a hook that lets pass what is nobody's business.
-fn judge_outbound() -> String {
-    format!(
-        "
-        ip daddr @{SET4} goto outbound
-        ip6 daddr @{SET6} goto outbound
-        udp dport 53 goto dns
-        tcp dport 53 goto dns"
-    )
+/// What the launcher's sets hold, by the set's name without its family.
+struct Elements {
+    all: Vec<(String, BTreeSet<String>)>,
 }
 
-fn goto(chain: &str) -> String {
-    format!("\n        goto {chain}")
+impl Elements {
+    fn of(skeleton: &Skeleton) -> Self {
+        let facts = &skeleton.facts;
+        let mut all = Vec::new();
+        for family in Family::ALL {
+            let (_, n, _) = family.words();
+            let addresses = |found: &mut dyn Iterator<Item = IpAddr>| -> BTreeSet<String> {
+                found.filter(|address| family.has(address)).map(|address| address.to_string()).collect()
+            };
+            let resolvers = addresses(&mut skeleton.resolvers.iter().copied());
+            let nodes = addresses(&mut facts.known_nodes().copied());
+            let externals = facts.externals.iter().filter(|(address, ..)| family.has(address));
+            let gateways: BTreeSet<String> = match family {
+                Family::V4 => BTreeSet::new(),
+                Family::V6 => {
+                    facts.gateways.iter().map(|(device, a)| format!("\"{device}\" . {a}")).collect()
+                }
+            };
+            let broadcasts: BTreeSet<String> = match family {
+                Family::V4 => facts.broadcasts.iter().map(ToString::to_string).collect(),
+                Family::V6 => BTreeSet::new(),
+            };
+            let external_addresses = externals.clone().map(|(address, ..)| address.to_string());
+            let special =
+                resolvers.iter().chain(&nodes).chain(&broadcasts).cloned().chain(external_addresses);
+            all.push((format!("special{n}"), special.collect()));
+            let externals =
+                externals.map(|(a, protocol, port)| format!("{a} . {} . {port}", *protocol as u8));
+            all.push((format!("externals{n}"), externals.collect()));
+            all.push((format!("resolvers{n}"), resolvers));
+            all.push((format!("nodes{n}"), nodes));
+            all.push((format!("gateways{n}"), gateways));
+            if family == Family::V4 {
+                all.push(("broadcasts4".to_owned(), broadcasts));
+            }
+        }
+        let ports = facts.node_ports.iter().map(|(protocol, port)| format!("{} . {port}", *protocol as u8));
+        all.push(("node_ports".to_owned(), ports.collect()));
+        Self { all }
+    }
+
+    fn netdev(self) -> Vec<(String, BTreeSet<String>)> {
+        self.all.into_iter().filter(|(set, _)| set.starts_with("resolvers")).collect()
+    }
 }
 
-/// One rule for all resolvers of a family; none for a family without.
-fn resolvers(skeleton: &Skeleton, rule: impl Fn(&str, &str) -> String) -> String {
-    let of = |v4: bool| -> Vec<_> {
-        skeleton.resolvers.iter().filter(|r| r.is_ipv4() == v4).map(IpAddr::to_string).collect()
-    };
-    [("ip", of(true)), ("ip6", of(false))]
-        .iter()
-        .filter(|(_, addresses)| !addresses.is_empty())
-        .map(|(family, addresses)| rule(family, &format!("{{ {} }}", addresses.join(", "))))
-        .collect()
+/// Replaces what these sets hold.
+fn elements(table: &str, sets: &[(String, BTreeSet<String>)]) -> String {
+    /// Elements per line: nft reads a line at a time.
+    const LINE: usize = 1_000;
+    let mut text = String::new();
+    for (set, elements) in sets {
+        let _ = writeln!(text, "flush set {table} {TABLE} {set}");
+        let elements: Vec<&str> = elements.iter().map(String::as_str).collect();
+        for line in elements.chunks(LINE) {
+            let _ = writeln!(text, "add element {table} {TABLE} {set} {{ {} }}", line.join(", "));
+        }
+    }
+    text
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ALL: [(Mode, Gate); 6] = [
-        (Mode::Strict, Gate::Open),
-        (Mode::Permissive, Gate::Open),
-        (Mode::Audit, Gate::Open),
-        (Mode::Strict, Gate::Closed),
-        (Mode::Permissive, Gate::Closed),
-        (Mode::Audit, Gate::Closed),
-    ];
-
-    fn skeleton(mode: Mode, gate: Gate) -> Skeleton {
-        Skeleton {
-            mode,
-            gate,
-            device: Some("eth0".try_into().unwrap()),
-            tunnel_port: 51820,
-            resolvers: ["10.96.0.10", "fd96::10", "10.96.0.11"].map(|r| r.parse().unwrap()).to_vec(),
-            dns_ports: 61000..=62023,
-        }
-    }
-
-    fn texts() -> impl Iterator<Item = String> {
-        ALL.into_iter().map(|(mode, gate)| ruleset(&skeleton(mode, gate), true))
-    }
-
-    /// The lines of a chain, of the first table that has it.
-    fn chain<'t>(text: &'t str, name: &str) -> &'t str {
-        let (_, rest) = text.split_once(&format!("    chain {name} {{")).unwrap();
-        rest.split_once("\n    }").unwrap().0
-    }
-
-    #[test]
-    fn every_drop_has_a_named_counter() {
-        for text in texts() {
-            for line in text.lines().filter(|line| line.ends_with("drop")) {
-                assert!(line.contains("counter name "), "{line}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_reload_never_deletes_a_table_or_a_set() {
-        for text in texts() {
-            assert!(!text.contains("delete") && !text.contains("destroy") && !text.contains("flush set"));
-        }
-    }
-
-    #[test]
-    fn every_mode_and_gate_declares_the_same_sets_counters_and_chains() {
-        let declared = |text: String| -> Vec<String> {
-            let words = ["table ", "    set ", "    counter ", "    chain "];
-            let first = |line: &&str| words.iter().any(|word| line.starts_with(word)) && line.contains('{');
-            text.lines().filter(first).map(str::to_owned).collect()
-        };
-        let expected = declared(ruleset(&skeleton(Mode::Strict, Gate::Open), true));
-        for text in texts() {
-            assert_eq!(declared(text), expected);
-        }
-    }
-
-    #[test]
-    fn every_chain_is_one_that_the_agent_knows() {
-        for text in texts() {
-            let chains = text.lines().filter_map(|line| line.strip_prefix("    chain ")?.strip_suffix(" {"));
-            let chains: std::collections::BTreeSet<_> = chains.collect();
-            assert_eq!(chains, crate::agent::guard::CHAINS.into());
-        }
-    }
-
-    #[test]
-    fn every_resolver_is_guarded_in_both_tables_by_one_rule_per_family() {
-        let text = ruleset(&skeleton(Mode::Strict, Gate::Open), true);
-        for rule in
-            ["ip daddr { 10.96.0.10, 10.96.0.11 } goto resolver", "ip6 daddr { fd96::10 } goto resolver"]
-        {
-            assert_eq!(text.matches(rule).count(), 2, "{rule}");
-        }
-    }
-
-    #[test]
-    fn without_resolvers_no_rule_names_an_empty_set() {
-        for (mode, gate) in ALL {
-            let text = ruleset(&Skeleton { resolvers: Vec::new(), ..skeleton(mode, gate) }, true);
-            assert!(!text.contains("{  }"), "{text}");
-        }
-    }
-
-    #[test]
-    fn without_egress_or_device_there_is_one_table() {
-        for (mode, gate) in ALL {
-            let skeleton = skeleton(mode, gate);
-            assert!(!ruleset(&skeleton, false).contains("netdev"));
-            assert!(!ruleset(&Skeleton { device: None, ..skeleton }, true).contains("netdev"));
-        }
-    }
-
-    #[test]
-    fn permissive_and_audit_record_wherever_strict_drops_and_differ_in_nothing_else() {
-        let rules = |text: String| text.lines().map(str::to_owned).collect::<Vec<_>>();
-        let strict = rules(ruleset(&skeleton(Mode::Strict, Gate::Open), true));
-        let drops = |line: &&String| line.ends_with(" drop") && !line.contains("not_protected");
-        // Three of inbound, one each of outbound and of the resolvers in both tables.
-        assert_eq!(strict.iter().filter(drops).count(), 3 + 2 + 2);
-        for mode in [Mode::Permissive, Mode::Audit] {
-            let mut below = rules(ruleset(&skeleton(mode, Gate::Open), true));
-            let marked = |line: &String| line.contains("meta mark and 0x1000000 != 0 ");
-            assert_eq!(
-                below.iter().filter(|line| marked(line)).count(),
-                1,
-                "only what was recorded is not judged again"
-            );
-            below.retain(|line| !marked(line));
-            assert_eq!(strict.len(), below.len());
-            for (strict, below) in strict.iter().zip(&below) {
-                let recorded = Reason::ALL.iter().fold(strict.clone(), |line, reason| {
-                    line.replace(&reason.refuse(Mode::Strict), &reason.refuse(mode))
-                });
-                assert_eq!(*below, recorded);
-                assert!(!drops(&below), "{below}");
-                assert_eq!(drops(&strict), below.contains(" goto record_"), "{strict}: {below}");
-            }
-        }
-    }
-
-    #[test]
-    fn every_reason_is_recorded_by_rules_that_accept_all() {
-        for text in texts() {
-            for reason in Reason::ALL {
-                let tables = text.matches(&format!("chain record_{} {{", reason.name())).count();
-                assert_eq!(tables, if reason == Reason::Dns { 2 } else { 1 });
-                let chain = chain(&text, &format!("record_{}", reason.name()));
-                assert!(chain.ends_with("\n        accept"), "{chain}");
-                for set in text.lines().filter_map(|l| l.strip_prefix("    set ")?.split(' ').next()) {
-                    let belongs = set.starts_with(&format!("would_drop_{}", reason.name()));
-                    assert_eq!(Reason::of_set(set) == Some(reason), belongs, "{set}");
-                    assert!(!belongs || chain.contains(&format!("update @{set} ")), "{set}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_packet_bears_the_bit_only_on_its_way_to_an_egress_that_takes_it_away() {
-        let below = skeleton(Mode::Audit, Gate::Open);
-        let set = "oifname \"eth0\" meta mark set meta mark or 0x1000000";
-        assert_eq!(ruleset(&below, true).matches(set).count(), 2);
-        assert!(!ruleset(&below, false).contains("meta mark set"));
-        assert!(!ruleset(&Skeleton { device: None, ..below }, true).contains("meta mark set"));
-        let strict = ruleset(&skeleton(Mode::Strict, Gate::Open), true);
-        assert!(!strict.contains("goto record_"), "no chain that sets it is reached");
-    }
-
-    #[test]
-    fn a_closed_gate_sends_everything_to_the_closed_chains_in_every_mode() {
-        for (mode, gate) in ALL.into_iter().filter(|(_, gate)| *gate == Gate::Closed) {
-            let text = ruleset(&skeleton(mode, gate), true);
-            for (hook, last) in [
-                ("postrouting", "goto closed_outbound"),
-                ("prerouting", "goto closed_inbound"),
-                ("egress", "goto closed_outbound"),
-            ] {
-                assert!(chain(&text, hook).ends_with(last), "{text}");
-            }
-            for closed in ["closed_outbound", "closed_inbound"] {
-                assert!(chain(&text, closed).ends_with("counter name not_protected drop"), "{text}");
-            }
-        }
-    }
-}
+#[path = "ruleset_tests.rs"]
+mod tests;

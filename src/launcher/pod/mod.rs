@@ -18,8 +18,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -30,11 +31,16 @@ use super::runtime::Owner;
 use crate::agent::presence::{has_ended, leads_elsewhere};
 use crate::sys::netns::{self, is_network_namespace};
 
+pub mod holders;
 pub mod network;
 pub mod resolv;
+pub mod surroundings;
 
 /// Where `ip netns` keeps its names.
 const NETNS_DIR: &str = "/run/netns";
+/// How often the holders of a namespace are looked for whose name is gone or whose process has ended: all processes are
+/// looked at.
+const LOOK: Duration = Duration::from_secs(2);
 /// Ancestors looked at when PID 1's namespace cannot be read; deeper process trees do not occur.
 const ANCESTORS_MAX: usize = 64;
 
@@ -220,6 +226,8 @@ pub struct PodNetns {
     identity: Identity,
     /// For `pid:N`: readable once the process has ended.
     pidfd: Option<OwnedFd>,
+    /// When its holders were looked for last.
+    looked: Mutex<Option<Instant>>,
 }
 
 impl AsFd for PodNetns {
@@ -255,9 +263,13 @@ impl PodNetns {
         if let Some(whose) = host(identity) {
             return Err(PodError::HostNetns { target, whose });
         }
-        let netns = Self { target, fd, identity, pidfd };
         // Of a process: the number may have been given to another one between the two openings.
-        if netns.is_gone() { Err(PodError::Moved { target: netns.target }) } else { Ok(netns) }
+        if pidfd.as_ref().is_some_and(has_ended)
+            || leads_elsewhere(&target.path(), (identity.device, identity.inode))
+        {
+            return Err(PodError::Moved { target });
+        }
+        Ok(Self { target, fd, identity, pidfd, looked: Mutex::new(None) })
     }
 
     /// As the operator named it.
@@ -307,11 +319,38 @@ impl PodNetns {
             .map_err(PodError::Cookie)
     }
 
-    /// Whether the name or path leads elsewhere by now, or the process ended. Our own descriptor keeps the namespace
-    /// alive, so nothing in the namespace would tell. A path that cannot be read for want of a privilege is not gone.
+    /// Whether neither a name nor a process leads to the namespace any more. While the process of `pid:N` lives it may come
+    /// back from another namespace, and a namespace about which nothing can be said is not gone. Our own descriptor keeps it
+    /// alive, so nothing inside would tell.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.pidfd.as_ref().is_some_and(has_ended) || leads_elsewhere(&self.target.path(), self.identity())
+        let is_there = match &self.pidfd {
+            Some(process) => !has_ended(process),
+            None => !leads_elsewhere(&self.target.path(), self.identity()),
+        };
+        if is_there || !self.may_look() {
+            return false;
+        }
+        match holders::is_held(self.identity()) {
+            Ok(held) => !held,
+            Err(error) => {
+                static SAID: Once = Once::new();
+                SAID.call_once(|| {
+                    warn!(%error, "cannot tell whether the namespace is gone: it stays protected");
+                });
+                false
+            }
+        }
+    }
+
+    /// Whether the last look was long enough ago; the next one is then taken to be made.
+    fn may_look(&self) -> bool {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = looked.is_none_or(|at| at.elapsed() >= LOOK);
+        if may {
+            *looked = Some(Instant::now());
+        }
+        may
     }
 
     /// Runs `f` on a thread of its own inside the namespace. The calling thread never enters it.

@@ -20,6 +20,7 @@ use super::{API_VERSION, DOCUMENT_MAX, PodStatus, State, table};
 use crate::agent::presence::leads_elsewhere;
 use crate::cli::{self, Exit, Output};
 use crate::launcher::Failure;
+use crate::launcher::pod::holders::is_held;
 use crate::launcher::pod::{PodError, Target};
 use crate::launcher::runtime::{Owner, RUN_DIR, read_owner};
 
@@ -81,12 +82,17 @@ fn pods(dir: &Path) -> io::Result<Vec<Pod>> {
             Err(error) => return Err(error),
         };
         // A file that says nothing is being made; one of a namespace that is gone is swept by the next launcher.
-        if let Some(owner) = owner.filter(|owner| !leads_elsewhere(&owner.path, owner.identity)) {
+        if let Some(owner) = owner.filter(is_there) {
             pods.push(Pod { owner, stem: path.with_extension("") });
         }
     }
     pods.sort_by(|a, b| a.owner.path.cmp(&b.owner.path));
     Ok(pods)
+}
+
+/// Whether the namespace is there, as far as this user can see.
+fn is_there(owner: &Owner) -> bool {
+    !leads_elsewhere(&owner.path, owner.identity) || is_held(owner.identity).unwrap_or(false)
 }
 
 impl Pod {
@@ -227,7 +233,7 @@ mod tests {
             fs::write(dir.path().join(cookie).with_extension("lock"), text).unwrap();
         };
         lock("01", found.ino(), "/proc/self/ns/net");
-        lock("02", found.ino() + 1, "/proc/self/ns/net");
+        lock("02", 1, "/proc/self/ns/net");
         fs::write(dir.path().join("03.lock"), "").unwrap();
         fs::write(dir.path().join("04.state"), "").unwrap();
         let pods = pods(dir.path()).unwrap();

@@ -26,6 +26,8 @@
 //! | `counters.dnsConnections` | connections to resolvers |
 //! | `counters.unpinned` | flows that did not keep their path when their address was captured or passed |
 //! | `counters.drops` | packets dropped by the agent, by reason; reasons that did not occur are absent. `queue_overflow` and `receive_overflow` are the kernel's: no room in `tenc0`, in a tunnel socket |
+//! | `judgedBy` | `ranges`: an address within the cluster's ranges passes only if something vouches for it; `learned`: without ranges (or with `--unclassified pass`) an address that nothing names passes; null without a launcher |
+//! | `guardState` | `open`: every packet is judged; `closed`: nothing passes but what the agent needs; `filling`: before the pod is protected for the first time, everything passes but what is protected so far; null without a launcher |
 //! | `guard` | packets counted by the guard's named counters; null where they cannot be read |
 //! | `tampering` | foreign changes of what protects the pod, by kind |
 //! | `standing` | those that could not be undone |
@@ -121,6 +123,10 @@ pub struct PodStatus {
     pub agent: Option<AgentStatus>,
     pub generation: Option<u64>,
     pub counters: Option<Counters>,
+    #[serde(default)]
+    pub judged_by: Option<String>,
+    #[serde(default)]
+    pub guard_state: Option<String>,
     pub guard: Option<BTreeMap<String, u64>>,
     pub tampering: BTreeMap<String, u64>,
     pub standing: Vec<String>,
@@ -219,6 +225,8 @@ impl PodStatus {
             agent: None,
             generation: None,
             counters: None,
+            judged_by: None,
+            guard_state: None,
             guard: None,
             tampering: BTreeMap::new(),
             standing: Vec::new(),

@@ -102,6 +102,9 @@ impl StatusServer {
         };
         let mut status = self.known(plan.netns.name(), &plan.project, &plan.addresses, agent);
         status.mode = Some(plan.skeleton.mode);
+        status.judged_by =
+            Some(if plan.skeleton.ranges.is_empty() { "learned" } else { "ranges" }.to_owned());
+        status.guard_state = Some(plan.skeleton.state().to_owned());
         self.tasks.spawn(write(stream, status, netns, report));
     }
 

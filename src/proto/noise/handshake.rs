@@ -130,6 +130,11 @@ impl Local {
         Self { secret, mac1: Mac1Key::new(&public), cookie: CookieKey::new(&public), suite }
     }
 
+    /// The bytes of the private half.
+    pub(super) fn secret(&self) -> &[u8] {
+        &self.secret.0
+    }
+
     /// Builds an initiation to `remote`.
     ///
     /// # Errors

@@ -235,6 +235,11 @@ impl Transport {
         }
     }
 
+    /// The bytes of our own static keys: they stay where they are as long as the transport lives.
+    pub fn static_secrets(&self) -> impl Iterator<Item = &[u8]> {
+        self.shared.locals.iter().map(|own| own.keys.secret())
+    }
+
     /// Adds a peer, and answers its kept initiation if there is one. A changed key is a new peer: remove the old one.
     pub fn add_peer(&mut self, mut config: PeerConfig, now: Now) -> PeerId {
         config.address = config.address.to_canonical();

@@ -94,7 +94,7 @@ fn a_packet_to_an_address_that_only_dns_knows_waits_for_the_directory() {
 fn what_dns_alone_knew_stays_closed_for_its_whole_life_after_an_upgrade() {
     let known = ["10.96.0.98", "10.96.0.99"].map(ip);
     let mut network = Network::project();
-    for (ttl, last) in [(5u32, 98), (3600, 99)] {
+    for (ttl, last) in [(5u32, 98), (500, 99)] {
         network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &query("new.shop.svc.cluster.local")));
         let forward = network.nodes[0].engine.poll_forward().unwrap();
         let mut reply = answer(&forward.bytes, [10, 96, 0, last]);
@@ -107,14 +107,67 @@ fn what_dns_alone_knew_stays_closed_for_its_whole_life_after_an_upgrade() {
     network.advance(Duration::from_secs(10));
     network.upgrade(0, 1);
     let closed = |network: &Network| known.map(|address| network.nodes[0].engine.is_protected(address));
-    network.advance(Duration::from_secs(49));
+    network.advance(Duration::from_secs(599));
     assert_eq!(closed(&network), [true, true]);
     network.advance(Duration::from_secs(2));
-    assert_eq!(closed(&network), [false, true]);
-    network.advance(Duration::from_secs(3600 - 62));
-    assert_eq!(closed(&network), [false, true]);
-    network.advance(Duration::from_secs(2));
     assert_eq!(closed(&network), [false, false]);
+}
+
+#[test]
+fn promise_1_an_address_that_dns_alone_knew_stays_closed_for_10_minutes_after_its_life() {
+    let mut network = Network::project();
+    network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &query("new.shop.svc.cluster.local")));
+    let forward = network.nodes[0].engine.poll_forward().unwrap();
+    let (reply, now) = (answer(&forward.bytes, [10, 96, 0, 99]), network.now);
+    network.nodes[0].engine.handle_dns_answer(forward.query, reply, now);
+    network.run();
+    let changes = |network: &mut Network| {
+        std::mem::take(&mut network.nodes[0].applied).into_iter().flat_map(|batch| batch.changes).collect()
+    };
+    let mut all: Vec<_> = changes(&mut network);
+    assert_eq!(all.pop(), Some(RouteChange::Protect(ip("10.96.0.99"))));
+    network.advance(Duration::from_secs(61));
+    assert_eq!(changes(&mut network), [RouteChange::Prohibit(ip("10.96.0.99"))]);
+    // What is under way to it is answered.
+    network.capture(0, &udp((CLIENT[0], 4000), ("10.96.0.99", 80), b"in vain"));
+    network.advance(Duration::from_millis(1100));
+    assert_eq!(network.inbox(0).pop().unwrap()[20..22], [3, 13], "ICMP admin-prohibited");
+    network.advance(Duration::from_secs(597));
+    assert!(changes(&mut network).is_empty() && network.nodes[0].engine.retired() == 0);
+    network.advance(Duration::from_secs(2));
+    assert_eq!(changes(&mut network), [RouteChange::Retire(ip("10.96.0.99"))]);
+    assert_eq!(network.nodes[0].engine.retired(), 1);
+}
+
+#[test]
+fn promise_10_an_answer_that_teaches_more_than_64_addresses_is_refused_and_teaches_none() {
+    let many = |forwarded: &[u8], count: u8| {
+        let mut out = forwarded.to_vec();
+        (out[2], out[7]) = (out[2] | 0x80, count);
+        for n in 0..count {
+            out.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4, 10, 2, 0, n]);
+        }
+        out
+    };
+    let mut network = Network::project();
+    let ask = |network: &mut Network, count: u8| {
+        network.capture(0, &udp((CLIENT[0], 5353), (RESOLVER, 53), &query("all.shop.svc.cluster.local")));
+        let forward = network.nodes[0].engine.poll_forward().unwrap();
+        let (reply, now) = (many(&forward.bytes, count), network.now);
+        network.nodes[0].engine.handle_dns_answer(forward.query, reply, now);
+        network.run();
+        let known = (0..count).filter(|n| network.nodes[0].engine.is_protected(IpAddr::from([10, 2, 0, *n])));
+        known.count()
+    };
+    assert_eq!(ask(&mut network, 65), 0);
+    assert_eq!(network.dropped(0, DropReason::DnsOverload), 1);
+    assert!(network.inbox(0).is_empty());
+    assert_eq!(ask(&mut network, 64), 64);
+    assert_eq!(network.inbox(0).len(), 1);
+    // Those of the directory do not count: a large headless Service.
+    network.tell(0, (0..=200).map(|n| workload(IpAddr::from([10, 2, 0, n]))).collect());
+    assert_eq!(ask(&mut network, 200), 200);
+    assert_eq!((network.inbox(0).len(), network.dropped(0, DropReason::DnsOverload)), (1, 1));
 }
 
 /// An answer that makes the question's name stand for `target`, and gives that the address.

@@ -38,6 +38,7 @@ fn promise_12_every_message_of_a_flood_is_in_exactly_one_counter_and_cookie_repl
         assert!(engine.counters().is_balanced(engine.waiting()));
         while let Some(transmit) = engine.poll_transmit() {
             assert_eq!((transmit.packets, transmit.bytes[0]), (false, 3));
+            check_transmit(&transmit);
             replies += 1;
         }
     }
@@ -73,4 +74,32 @@ fn promise_10_of_packets_for_a_peer_that_does_not_answer_the_first_128_wait() {
     network.advance(Duration::from_secs(2));
     let got: Vec<_> = network.inbox(1).iter().map(|packet| read(packet).2).collect();
     assert_eq!(got, (0..128u16).map(|n| n.to_be_bytes().to_vec()).collect::<Vec<_>>());
+}
+
+#[test]
+fn handshake_messages_leave_alone_and_at_their_exact_lengths_whatever_data_leaves_with_them() {
+    let mut network = Network::project();
+    let mut kinds = BTreeSet::new();
+    let packet = |n: u16, to| udp((CLIENT[0], 4000 + n), (to, 8080), &[0; 32]);
+    let now = network.now;
+    for round in 0..3 {
+        // Data for one peer, handshakes with two, in one turn.
+        (0..20).for_each(|n| network.hand_over(0, VnetHeader::PLAIN, &packet(n, SERVER[0])));
+        (0..20).for_each(|n| network.hand_over(0, VnetHeader::PLAIN, &packet(n, THIRD[0])));
+        let train = train();
+        for engine in network.nodes[..2].iter_mut().map(|node| &mut node.engine) {
+            engine.receive_buffer()[..train.len()].copy_from_slice(&train);
+            engine.handle_datagrams(at("192.0.2.1", 9), train.len(), INITIATION, now);
+        }
+        for node in &mut network.nodes {
+            let mut left = Vec::new();
+            while let Some(transmit) = node.engine.poll_transmit() {
+                check_transmit(&transmit);
+                kinds.insert(transmit.bytes[0]);
+                left.push((transmit.to, transmit.bytes.to_vec(), transmit.segment));
+            }
+        }
+        network.advance(Duration::from_secs(if round == 1 { 130 } else { 1 }));
+    }
+    assert!(kinds.contains(&1) && kinds.contains(&4), "{kinds:?}");
 }

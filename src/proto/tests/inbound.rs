@@ -371,3 +371,43 @@ fn promise_4_an_icmp_error_is_judged_by_the_packet_that_it_quotes() {
     aside[16..20].copy_from_slice(&[10, 1, 3, 3]);
     assert_eq!(admit(network, 0, SERVER[0], &aside), Err(DropReason::NotForUs));
 }
+
+#[test]
+fn promise_1_a_late_packet_of_a_vip_that_was_released_is_not_injected() {
+    let network = &mut Network::project();
+    let question = udp((CLIENT[0], 4000), (VIP[0], 80), b"question");
+    network.capture(0, &question);
+    network.capture(0, &syn((CLIENT[0], 4001), (VIP[0], 80)));
+    let answer = udp((VIP[0], 80), (CLIENT[0], 4000), b"late");
+    let late = [answer, data((VIP[0], 80), (CLIENT[0], 4001), b"late"), unreachable(&question, VIP[0])];
+    network.tell(0, vec![Change::RemoveVip(ip(VIP[0]))]);
+    let mut waited = 0;
+    while network.nodes[0].engine.is_protected(ip(VIP[0])) {
+        assert!(
+            late.iter().all(|packet| admit(network, 0, SERVER[0], packet).is_ok()),
+            "the guard is closed"
+        );
+        network.advance(Duration::from_secs(10));
+        waited += 10;
+        assert!(waited <= 1_000, "never released");
+    }
+    for packet in &late {
+        assert_eq!(admit(network, 0, SERVER[0], packet), Err(DropReason::SourceReleased));
+    }
+    // Its own address is a peer's: the peer gate says whether that is routed.
+    assert!(admit(network, 0, SERVER[0], &udp((SERVER[0], 1), (CLIENT[0], 1), b"")).is_ok());
+    // And the pod's way to itself.
+    network.tell(0, vec![vip(VIP[0], &[CLIENT[0]])]);
+    let hairpin = udp((CLIENT[0], 4002), (VIP[0], 80), b"to itself");
+    network.capture(0, &hairpin);
+    assert_eq!(network.inbox(0).len(), 1);
+    network.tell(0, vec![Change::RemoveVip(ip(VIP[0]))]);
+    while network.nodes[0].engine.is_protected(ip(VIP[0])) {
+        network.capture(0, &hairpin);
+        network.advance(Duration::from_secs(10));
+    }
+    network.inbox(0);
+    network.capture(0, &hairpin);
+    assert!(network.inbox(0).is_empty());
+    assert_eq!(network.dropped(0, DropReason::SourceReleased), 1);
+}

@@ -192,7 +192,9 @@ fn strict_captures_everything_at_once_and_probes_nobody() {
     }
     network.advance(Duration::from_secs(130));
     assert!(network.wire.is_empty() && network.nodes[0].engine.ladder().next().is_none());
-    assert!(network.changes(0).iter().all(|change| matches!(change, RouteChange::Protect(_))));
+    let is_strict =
+        |change: &RouteChange| matches!(change, RouteChange::Protect(_) | RouteChange::Connect(_));
+    assert!(network.changes(0).iter().all(is_strict));
 }
 
 #[test]
@@ -228,6 +230,19 @@ fn where_older_connections_cannot_be_destroyed_their_next_segment_is_refused() {
     network.capture(0, &syn((CLIENT[0], 4000), (SERVER[0], 80)));
     network.capture(0, &segment(4000));
     assert_eq!(network.inbox(1).len(), 2, "a new connection is none of them");
+}
+
+#[test]
+fn what_is_noted_about_older_connections_ends_with_the_protection_of_their_address() {
+    let mut network = Network::project();
+    let noted = |network: &Network| network.nodes[0].engine.older_flows.len();
+    network.nodes[0].engine.refuse_older_flows([SERVER[0], THIRD[0], "10.9.9.9"].map(ip));
+    assert_eq!(noted(&network), 2, "nothing about an address that is not protected");
+    network.tell(0, vec![Change::RemoveWorkload(ip(SERVER[0]))]);
+    network.advance(Duration::from_secs(599));
+    assert_eq!(noted(&network), 2);
+    network.advance(Duration::from_secs(2));
+    assert_eq!(noted(&network), 1);
 }
 
 #[test]

@@ -62,7 +62,7 @@ pub(super) fn bring_up(engine: &mut Engine, now: Now) {
 
 impl Network {
     /// Kills the agent of `node` after its journal was written, and starts another one.
-    fn crash(&mut self, node: usize, journal: &mut Journal) {
+    pub(super) fn crash(&mut self, node: usize, journal: &mut Journal) {
         journal.drain(&mut self.nodes[node].engine);
         let mut new = successor(&self.nodes[node], u8::try_from(node).unwrap());
         new.restore(&journal.restored(), self.now);
@@ -95,13 +95,6 @@ impl Network {
         let pairs: Vec<&[u8]> = data.map(|datagram| &datagram[4..16]).collect();
         pairs.iter().collect::<BTreeSet<_>>().len() == pairs.len() && !pairs.is_empty()
     }
-}
-
-fn data(source: (&str, u16), destination: (&str, u16), payload: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let built = builder(ip(source.0), ip(destination.0)).tcp(source.1, destination.1, 1001, 64_000).ack(1);
-    built.write(&mut out, payload).unwrap();
-    out
 }
 
 #[test]

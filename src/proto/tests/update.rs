@@ -101,7 +101,8 @@ fn an_update_reaches_the_kernel_in_full_batches_and_is_settled_with_the_last() {
     }
     assert!(engine.is_settled());
     assert!(batches.iter().all(|(committing, len)| *len == 512 || !committing), "{batches:?}");
-    assert_eq!(batches.iter().map(|(_, len)| *len).sum::<usize>(), ENTRIES);
+    // Each workload is protected and connected, each VIP protected.
+    assert_eq!(batches.iter().map(|(_, len)| *len).sum::<usize>(), ENTRIES + ENDPOINTS as usize);
 }
 
 #[test]
@@ -140,7 +141,7 @@ fn promise_2_a_service_that_moves_to_new_pods_serves_and_stays_protected_through
             assert!(network.inbox(0).is_empty(), "nothing is refused");
             (by_old, by_new, port) = (by_old + served[0], by_new + served[1], port + 1);
             let engine = &mut network.nodes[0].engine;
-            // What leaves stays closed for its half minute, too.
+            // What leaves stays closed for its ten minutes, too.
             assert!(before.iter().all(|address| engine.is_protected(*address)));
             if !engine.is_committing() {
                 break;
@@ -202,6 +203,7 @@ fn a_thousand_peers_of_a_former_agent_are_met_a_few_at_a_time() {
     let engine = &mut network.nodes[0].engine;
     let peers = (0..1_000).map(|n| (n, pod(n))).collect();
     engine.restore(&Restored { peers, ..Default::default() }, network.now);
+    engine.adopt_peers(&(0..1_000).map(pod).collect::<Vec<_>>(), network.now);
     engine.handle_directory(many(), network.now);
     let (mut most, mut all) = (0, 0);
     loop {

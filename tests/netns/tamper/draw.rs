@@ -424,19 +424,23 @@ fn way_of_local(rng: &mut Rng, world: &World) -> Tampering {
     )
 }
 
-/// The chains of both tables; the first three are hooks.
+/// Chains of both tables that strict mode has rules in; the first three are hooks.
 const CHAINS: &[&str] = &[
     "inet tencrypt postrouting",
     "inet tencrypt prerouting",
-    "netdev tencrypt egress",
-    "inet tencrypt outbound",
-    "inet tencrypt inbound",
-    "inet tencrypt record_outbound",
-    "inet tencrypt dns",
-    "inet tencrypt resolver",
-    "inet tencrypt closed_outbound",
-    "netdev tencrypt outbound",
-    "netdev tencrypt resolver",
+    "netdev tencrypt egress_eth0",
+    "inet tencrypt open_out",
+    "inet tencrypt out4",
+    "inet tencrypt scope_out6",
+    "inet tencrypt protected_out4",
+    "inet tencrypt in4",
+    "inet tencrypt agents4",
+    "inet tencrypt tunnel",
+    "inet tencrypt from_tunnel",
+    "inet tencrypt closed_out",
+    "netdev tencrypt judged",
+    "netdev tencrypt raw4",
+    "netdev tencrypt protected6",
 ];
 
 fn guard_flushed(_: &mut Rng, _: &World) -> Tampering {

@@ -364,11 +364,13 @@ fn frames(lab: &Lab) {
     let pod = lab.pod(CLIENT);
     let to = lab.pod("shop-web1").v4.into();
     let frame = packets::frame(pod.mac(), [0xff; 6], &packets::udp(pod.v4.into(), to, 7_007, 7_007, CANARY));
+    // To the gateway, which no bridge floods.
     let free = packets::frame(
         pod.mac(),
-        [0xff; 6],
+        [2, 0, 0, 1, 1, 1],
         &packets::udp(pod.v4.into(), external()[0], 7_007, 7_007, CANARY),
     );
+    lab.declare([format!("{}/udp/7007", external()[0])]);
     let socket = pod.frames();
     assert!(socket.send(&free).is_ok(), "control: a frame to nobody of ours passes");
     let mut windows = Vec::new();

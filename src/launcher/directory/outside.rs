@@ -1,0 +1,84 @@
+//! What the objects say about addresses that are not the project's: who vouches for them, and which of a node's ports lead
+//! back into the project.
+//!
+//! An address is vouched for only by positive evidence: an object of another namespace names it, or it is an external
+//! endpoint of the own project. An address of the project is never vouched for, whoever else names it.
+//!
+//! Touches nothing.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::{Entries, Objects};
+use crate::proto::directory::Protocol;
+use crate::proto::is_unicast;
+use crate::proto::routing::Class;
+
+/// The world outside one project, as the objects show it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outside {
+    /// Addresses of the project.
+    own: BTreeSet<IpAddr>,
+    /// Addresses that objects of other namespaces name, and external endpoints of the project.
+    others: BTreeSet<IpAddr>,
+    /// Addresses of nodes: of Node objects, and every Pod's status.hostIPs.
+    pub nodes: BTreeSet<IpAddr>,
+    /// nodePorts and hostPorts of the project.
+    pub node_ports: BTreeSet<(Protocol, u16)>,
+    /// externalIPs of the project, and load balancers at a node's address.
+    pub externals: BTreeSet<(IpAddr, Protocol, u16)>,
+}
+
+impl Outside {
+    /// Reads `objects` for a workload of `project` with the addresses `own`, whose directory is `entries`.
+    #[must_use]
+    pub fn of(objects: &Objects, project: &str, own: &[IpAddr], entries: &Entries) -> Self {
+        let mut outside = Self::default();
+        outside.own.extend(own);
+        outside.own.extend(&entries.workloads);
+        outside.own.extend(entries.vips.keys());
+        outside.nodes.extend(objects.nodes.values().flatten());
+        outside.nodes.extend(objects.pods.values().flat_map(|pod| &pod.host_addresses));
+        outside.nodes.retain(|address| is_unicast(*address) && !own.contains(address));
+        let nodes = &outside.nodes;
+        outside.others.extend(entries.exempts.iter().filter(|address| !nodes.contains(address)));
+        for (id, pod) in &objects.pods {
+            if id.namespace != project {
+                outside.others.extend(pod.addresses.iter().filter(|_| pod.is_workload()));
+            } else {
+                outside.node_ports.extend(pod.host_ports.iter().filter(|_| pod.live));
+            }
+        }
+        for (id, service) in &objects.services {
+            let ingress = service.ingress_addresses.iter().chain(&service.proxied_addresses);
+            if id.namespace != project {
+                let addresses = service.cluster_addresses.iter().chain(&service.external_addresses);
+                outside.others.extend(addresses.chain(ingress));
+                continue;
+            }
+            outside.node_ports.extend(&service.node_ports);
+            let at_nodes = ingress.filter(|address| outside.nodes.contains(*address));
+            for address in service.external_addresses.iter().chain(at_nodes) {
+                outside
+                    .externals
+                    .extend(service.ports.iter().map(|port| (*address, port.protocol, port.number)));
+            }
+        }
+        let foreign = objects.slices.iter().filter(|(id, _)| id.namespace != project);
+        outside.others.extend(foreign.flat_map(|(_, slice)| &slice.endpoints).flat_map(|e| &e.addresses));
+        outside.others.retain(|address| is_unicast(*address));
+        outside
+    }
+
+    /// Whose `address` is.
+    #[must_use]
+    pub fn class(&self, address: IpAddr) -> Class {
+        if self.own.contains(&address) {
+            Class::Own
+        } else if self.others.contains(&address) || self.nodes.contains(&address) {
+            Class::Outside
+        } else {
+            Class::Unknown
+        }
+    }
+}
