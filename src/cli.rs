@@ -418,6 +418,72 @@ mod tests {
     }
 
     #[test]
+    fn ranges_exemptions_and_directories_may_be_repeated() {
+        let got = launch(
+            "--directory e --pod-cidr 10.1.0.0/16 --pod-cidr fd00:1::/64 --service-cidr 10.96.0.0/12 \
+             --node-cidr 172.16.0.0/24 --exempt 10.96.0.1/32:443 --exempt [fd00:5::/64]:53 --exempt 10.5.0.0/16",
+        );
+        assert_eq!(got.directory, [PathBuf::from("d"), PathBuf::from("e")]);
+        let ranges: Vec<_> = got.ranges().iter().map(|net| net.to_string()).collect();
+        assert_eq!(ranges, ["10.1.0.0/16", "10.96.0.0/12", "fd00:1::/64"]);
+        assert_eq!(got.node_cidr, ["172.16.0.0/24".parse::<IpNet>().unwrap()]);
+        let exempt: Vec<_> = got.exempt.iter().map(ToString::to_string).collect();
+        assert_eq!(exempt, ["10.96.0.1/32:443", "[fd00:5::/64]:53", "10.5.0.0/16"]);
+    }
+
+    #[test]
+    fn flags_that_loosen_the_guard_are_off_unless_given() {
+        let got = launch("");
+        assert_eq!(got.unclassified, Unclassified::Drop);
+        assert!(
+            !got.allow_link_scope && !got.allow_dhcp && got.exempt.is_empty() && got.node_cidr.is_empty()
+        );
+        assert!(got.ranges().is_empty());
+        let got = launch("--allow-link-scope --allow-dhcp --unclassified pass --pod-cidr 10.1.0.0/16");
+        assert!(got.allow_link_scope && got.allow_dhcp);
+        assert_eq!(got.unclassified, Unclassified::Pass);
+        assert!(got.ranges().is_empty(), "no address is asked about");
+        assert!(!launch("--unclassified drop --pod-cidr 10.1.0.0/16").ranges().is_empty());
+    }
+
+    #[test]
+    fn ranges_and_exemptions_that_mean_nothing_are_refused_with_their_flag() {
+        for (flag, value) in [
+            ("--pod-cidr", "10.1.0.0"),
+            ("--pod-cidr", "10.1.0.0/33"),
+            ("--pod-cidr", "pods"),
+            ("--service-cidr", "fd00::/129"),
+            ("--service-cidr", "10.96.0.0/12,10.97.0.0/16"),
+            ("--node-cidr", "172.16.0.0/"),
+            ("--exempt", "10.5.0.0"),
+            ("--exempt", "10.5.0.7/32:0"),
+            ("--exempt", "10.5.0.7/32:https"),
+            ("--exempt", "[fd00:5::/64]443"),
+            ("--unclassified", "ask"),
+        ] {
+            let (exit, text) = refused(&format!("{LAUNCH} {flag} {value}"));
+            assert_eq!(exit, Exit::Usage, "{flag} {value}");
+            assert!(text.contains(flag) && text.contains(value), "{text}");
+        }
+        let (_, text) = refused(&format!("{LAUNCH} --exempt 10.5.0.0"));
+        assert!(text.contains("for example 10.5.0.0/16"), "{text}");
+        assert_eq!(refused(&format!("{LAUNCH} --capture 10.0.0.0/8")).0, Exit::Usage);
+    }
+
+    #[test]
+    fn clear_takes_the_name_of_one_pod() {
+        let cleared = |line: &str| match parse(words(line)).unwrap().command {
+            Command::Clear(clear) => clear.netns,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(cleared("tencrypt clear shop-client"), "shop-client");
+        assert_eq!(cleared("tencrypt clear pid:7"), "pid:7");
+        for line in ["tencrypt clear", "tencrypt clear a b", "tencrypt clear --netns a"] {
+            assert_eq!(refused(line).0, Exit::Usage, "{line}");
+        }
+    }
+
+    #[test]
     fn planned_flags_are_refused_by_name_in_either_spelling() {
         for flag in PLANNED_FLAGS {
             for line in [

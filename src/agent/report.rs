@@ -54,6 +54,7 @@ pub(super) fn make<'a>(
         drops,
         flows: engine.flow_count() as u64,
         clear: clear.len() as u64,
+        released: engine.released_count() as u64,
         peers_total: peers_total as u64,
         peers_established: peers_established as u64,
         peers: peers

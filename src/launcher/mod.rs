@@ -286,7 +286,9 @@ fn report_guard(netns_fd: &OwnedFd) {
         Ok(counters) => {
             for (counter, count) in counters.iter().filter(|(_, count)| count.packets > 0) {
                 let packets = count.packets;
-                if counter.starts_with("would_drop_") {
+                if !guard::counts_drops(counter) {
+                    info!(counter, packets, "counted by the guard");
+                } else if counter.starts_with("would_drop_") {
                     info!(counter, packets, "let pass by the guard, dropped in strict mode");
                 } else {
                     info!(counter, packets, "dropped by the guard");

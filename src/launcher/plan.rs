@@ -125,7 +125,7 @@ impl Plan {
             return;
         }
         let arguments = &self.arguments;
-        if arguments.unclassified == cli::Unclassified::Pass {
+        if !self.drops_unclassified() {
             warn!("--unclassified pass: addresses that nothing vouches for are spoken to in clear");
         } else if self.skeleton.ranges.is_empty() {
             warn!(
@@ -166,12 +166,18 @@ impl Plan {
             node_ports: outside.node_ports.clone(),
             externals: outside.externals.clone(),
             broadcasts: surroundings.broadcasts.clone(),
+            resolver_endpoints: outside.resolver_endpoints(&self.resolvers),
         };
         let before = (
             std::mem::replace(&mut self.skeleton.devices, surroundings.names()),
             std::mem::replace(&mut self.skeleton.facts, facts),
         );
         before.0 != self.skeleton.devices || before.1 != self.skeleton.facts
+    }
+
+    /// Whether the operator wants unknown addresses within the ranges to be dropped.
+    pub(super) fn drops_unclassified(&self) -> bool {
+        self.arguments.unclassified == cli::Unclassified::Drop
     }
 
     fn node_ranges(&self) -> Ranges {

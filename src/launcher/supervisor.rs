@@ -464,9 +464,18 @@ impl<'a> Supervisor<'a> {
 
     /// Somebody asks how the pod is: the answer waits for what a ready agent says, the loop does not.
     fn answer(&mut self, question: UnixStream) {
-        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none() && self.door.is_open());
-        let asked = ready.is_some_and(|agent| agent.send(&ToAgent::Report, &[]).is_ok());
+        let asked = self.ask_for_report();
         self.status.answer(question, self.plan, self.agent.as_ref().map(Agent::id), asked);
+    }
+
+    /// Asks the agent how it is. Otherwise says why it was not asked: the pod counts as closed then.
+    fn ask_for_report(&self) -> Result<(), &'static str> {
+        let ready = self.agent.as_ref().filter(|_| self.ready_by.is_none());
+        let agent = ready.ok_or("the agent is not ready")?;
+        if !self.door.is_open() {
+            return Err("the guard is closed");
+        }
+        agent.send(&ToAgent::Report, &[]).map_err(|_| "the agent cannot be asked")
     }
 
     /// Whether a log line that the agent caused is written.

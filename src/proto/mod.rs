@@ -547,6 +547,12 @@ impl Engine {
         (total, established, peers)
     }
 
+    /// Addresses within the ranges that the launcher vouched for.
+    #[must_use]
+    pub fn released_count(&self) -> usize {
+        self.routing.admissions().len()
+    }
+
     /// Flows in the table.
     #[must_use]
     pub fn flow_count(&self) -> usize {

@@ -67,6 +67,10 @@ impl Admissions {
         self.by_address.contains_key(&address)
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.by_address.len()
+    }
+
     pub(super) fn batch(&self, address: IpAddr) -> Option<BatchId> {
         self.by_address.get(&address).map(|admission| admission.batch)
     }

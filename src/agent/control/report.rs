@@ -44,6 +44,8 @@ pub struct Report {
     pub flows: u64,
     /// Flows that stay in clear.
     pub clear: u64,
+    /// Addresses within the ranges that the launcher vouched for.
+    pub released: u64,
     /// At most [`REPORTED_PEERS_MAX`] peers, those with a session first, in the order of their addresses.
     pub peers: Vec<PeerReport>,
     /// Peers of the directory.
@@ -241,6 +243,7 @@ mod tests {
             },
             flows: u64::MAX,
             clear: u64::MAX,
+            released: u64::MAX,
             peers_total: u64::MAX,
             peers_established: u64::MAX,
             vips_total: u64::MAX,

@@ -76,9 +76,9 @@ pub const NETDEV_CHAINS: &[&str] = &[
 
 /// Sets that the launcher fills: another's change of them is tampering with the rules.
 #[rustfmt::skip]
-const LAUNCHERS_SETS: [&str; 12] = [
+const LAUNCHERS_SETS: [&str; 14] = [
     "resolvers4", "resolvers6", "nodes4", "nodes6", "externals4", "externals6", "special4", "special6",
-    "gateways4", "gateways6", "broadcasts4", "node_ports",
+    "gateways4", "gateways6", "broadcasts4", "node_ports", "resolver_endpoints4", "resolver_endpoints6",
 ];
 
 /// What follows [`EGRESS_CHAIN`] for a device of this name: chain names have no other characters than these.

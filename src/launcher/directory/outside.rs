@@ -4,15 +4,25 @@
 //! An address is vouched for only by positive evidence: an object of another namespace names it, or it is an external
 //! endpoint of the own project. An address of the project is never vouched for, whoever else names it.
 //!
+//! A pod's resolver is usually a Service of another namespace. A load balancer at socket level replaces its address by that
+//! of an endpoint, so that the agent sees no query: [`Outside::resolver_endpoints`] names these endpoints, and the guard
+//! counts what is sent to them.
+//!
 //! Touches nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::{Entries, Objects};
+use super::{Entries, Id, NamedPort, Objects, Service, Slice};
 use crate::proto::directory::Protocol;
 use crate::proto::is_unicast;
 use crate::proto::routing::Class;
+
+/// Port of DNS.
+const DNS_PORT: u16 = 53;
+
+/// An address with one port of it.
+type AddressPort = (IpAddr, Protocol, u16);
 
 /// The world outside one project, as the objects show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,7 +36,9 @@ pub struct Outside {
     /// nodePorts and hostPorts of the project.
     pub node_ports: BTreeSet<(Protocol, u16)>,
     /// externalIPs of the project, and load balancers at a node's address.
-    pub externals: BTreeSet<(IpAddr, Protocol, u16)>,
+    pub externals: BTreeSet<AddressPort>,
+    /// The endpoints of other namespaces' Services with port 53, by the Service's address.
+    dns: BTreeMap<IpAddr, BTreeSet<AddressPort>>,
 }
 
 impl Outside {
@@ -54,6 +66,10 @@ impl Outside {
             if id.namespace != project {
                 let addresses = service.cluster_addresses.iter().chain(&service.external_addresses);
                 outside.others.extend(addresses.chain(ingress));
+                let endpoints = dns_endpoints(objects, id, service);
+                for address in service.cluster_addresses.iter().filter(|_| !endpoints.is_empty()) {
+                    outside.dns.entry(*address).or_default().extend(&endpoints);
+                }
                 continue;
             }
             outside.node_ports.extend(&service.node_ports);
@@ -70,6 +86,13 @@ impl Outside {
         outside
     }
 
+    /// Where these resolvers lead, as far as they are Services of other namespaces.
+    #[must_use]
+    pub fn resolver_endpoints(&self, resolvers: &[IpAddr]) -> BTreeSet<AddressPort> {
+        let of_resolvers = resolvers.iter().filter_map(|resolver| self.dns.get(resolver)).flatten();
+        of_resolvers.filter(|(address, ..)| !self.own.contains(address)).copied().collect()
+    }
+
     /// Whose `address` is.
     #[must_use]
     pub fn class(&self, address: IpAddr) -> Class {
@@ -81,4 +104,25 @@ impl Outside {
             Class::Unknown
         }
     }
+}
+
+/// The endpoints that port 53 of a Service leads to. Ports of a Service and of its slices are joined by name and protocol.
+fn dns_endpoints(objects: &Objects, id: &Id, service: &Service) -> BTreeSet<AddressPort> {
+    let ports: Vec<_> = service.ports.iter().filter(|port| port.number == DNS_PORT).collect();
+    let mut found = BTreeSet::new();
+    if ports.is_empty() {
+        return found;
+    }
+    let is_of = |slice: &(&Id, &Slice)| slice.0.namespace == id.namespace && slice.1.service == id.name;
+    for (_, slice) in objects.slices.iter().filter(is_of) {
+        let joined = |target: &&NamedPort| {
+            ports.iter().any(|port| port.name == target.name && port.protocol == target.protocol)
+        };
+        for target in slice.ports.iter().filter(joined) {
+            let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+            let addresses = addresses.filter(|address| is_unicast(**address));
+            found.extend(addresses.map(|address| (*address, target.protocol, target.number)));
+        }
+    }
+    found
 }

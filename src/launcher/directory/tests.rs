@@ -3,6 +3,7 @@
 use super::manifest::{ManifestError, Syntax, parse};
 use super::*;
 use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey};
+use crate::proto::routing::Class;
 
 /// Two backends of `web`, a client (us), and `web`'s slices of both families.
 const SHOP: &str = r#"
@@ -458,4 +459,206 @@ fn the_holder_of_an_address_is_found_among_all_projects() {
     let address = [ip("10.5.0.1")];
     let holders: Vec<_> = objects.workloads_at(&address).map(|(id, _)| id.namespace.as_str()).collect();
     assert_eq!(holders, ["bank"]);
+}
+
+fn outside(yaml: &[&str]) -> Outside {
+    let (objects, own) = (objects(yaml), [ip("10.0.0.1"), ip("fd00::1")]);
+    let entries = Entries::of(&objects, "shop", &own);
+    Outside::of(&objects, "shop", &own, &entries)
+}
+
+/// The same object in another namespace.
+fn of(namespace: &str, object: &str) -> String {
+    object.replace("namespace: shop", &format!("namespace: {namespace}"))
+}
+
+#[track_caller]
+fn assert_class(outside: &Outside, class: Class, addresses: &[&str]) {
+    for address in addresses {
+        assert_eq!(outside.class(ip(address)), class, "{address}");
+    }
+}
+
+#[test]
+fn addresses_that_objects_of_other_namespaces_name_are_outside_and_the_rest_is_unknown() {
+    let endpoints = "{addresses: [10.8.0.2], targetRef: {kind: Pod, name: b}}, {addresses: [10.8.0.3]}";
+    let bank = [
+        pod("b", "", "phase: Running, podIPs: [{ip: 10.8.0.1}, {ip: 'fd00:8::1'}]"),
+        pod("done", "", "phase: Succeeded, podIP: 10.8.0.4"),
+        pod("host", "spec: {hostNetwork: true},", "phase: Running, podIP: 10.8.0.5"),
+        service(
+            "b",
+            "clusterIPs: [10.98.0.1, 'fd00:98::1'], externalIPs: [10.98.0.2], ports: [{port: 80}]",
+            "loadBalancer: {ingress: [{ip: 10.98.0.3}, {ip: 10.98.0.4, ipMode: Proxy}]}",
+        ),
+        slice("b", "b", "IPv4", "{port: 80}", endpoints),
+    ];
+    let bank = bank.each_ref().map(|object| of("bank", object));
+    let all: Vec<_> = [SHOP].into_iter().chain(bank.iter().map(String::as_str)).collect();
+    let got = outside(&all);
+    assert_class(&got, Class::Outside, &["10.8.0.1", "fd00:8::1", "10.8.0.2", "10.8.0.3"]);
+    assert_class(&got, Class::Outside, &["10.98.0.1", "fd00:98::1", "10.98.0.2", "10.98.0.3", "10.98.0.4"]);
+    assert_class(&got, Class::Unknown, &["10.8.0.4", "10.8.0.5", "10.8.0.6", "fd00:8::2"]);
+    assert!(got.node_ports.is_empty() && got.externals.is_empty());
+    assert_class(&outside(&[SHOP]), Class::Unknown, &["10.8.0.1", "10.98.0.1"]);
+}
+
+#[test]
+fn an_address_of_the_project_is_its_own_whoever_else_names_it() {
+    let bank = [
+        pod("thief", "", "phase: Running, podIPs: [{ip: 10.0.0.2}, {ip: 'fd00::1'}]"),
+        service("thief", "clusterIP: 10.96.0.1, externalIPs: [10.0.0.1], ports: [{port: 80}]", ""),
+        slice("thief", "thief", "IPv4", "{port: 80}", "{addresses: [10.0.0.3]}"),
+    ];
+    let bank = bank.each_ref().map(|object| of("bank", object));
+    let all: Vec<_> = [SHOP].into_iter().chain(bank.iter().map(String::as_str)).collect();
+    let own = ["10.0.0.1", "fd00::1", "10.0.0.2", "fd00::2", "10.0.0.3", "10.96.0.1", "fd00:96::1"];
+    assert_class(&outside(&all), Class::Own, &own);
+}
+
+#[test]
+fn nodes_are_outside_and_so_are_external_endpoints_of_the_project() {
+    let node = "{apiVersion: v1, kind: Node, metadata: {name: n}, status: {addresses: [\
+                {type: InternalIP, address: 192.168.0.5}, {type: Hostname, address: n}, \
+                {type: ExternalIP, address: 203.0.113.5}, {type: InternalIP, address: 'fe80::5'}, \
+                {type: InternalIP, address: 10.0.0.1}]}}";
+    let bank = of("bank", &pod("b", "", "phase: Running, podIP: 10.8.0.1, hostIPs: [{ip: 192.168.0.6}]"));
+    let db = service("db", "clusterIP: 10.96.0.9, ports: [{port: 5432}]", "");
+    let of_db = slice("db", "db", "IPv4", "{port: 5432}", "{addresses: [203.0.113.1]}");
+    let got = outside(&[SHOP, node, &bank, &db, &of_db]);
+    let nodes = ["192.168.0.1", "192.168.0.5", "192.168.0.6", "203.0.113.5", "fd00:a::1"];
+    assert_eq!(got.nodes, ips(&nodes), "neither link-local addresses nor the pod's own");
+    assert_class(&got, Class::Outside, &nodes);
+    assert_class(&got, Class::Outside, &["203.0.113.1", "10.96.0.9"]);
+    assert_class(&got, Class::Own, &["10.0.0.1"]);
+}
+
+#[test]
+fn node_ports_and_host_ports_of_the_project_lead_back_and_those_of_others_do_not() {
+    let node_ports = service(
+        "np",
+        "clusterIP: 10.96.0.9, type: NodePort, ports: [{name: a, port: 80, nodePort: 30080}, \
+         {name: b, port: 53, protocol: UDP, nodePort: 30053}, {name: c, port: 81, nodePort: 0}, {name: d, port: 82}]",
+        "",
+    );
+    let containers = "spec: {containers: [{ports: [{containerPort: 80, hostPort: 8080}, \
+                      {hostPort: 8053, protocol: UDP}, {hostPort: 8132, protocol: SCTP}, {containerPort: 81}, \
+                      {hostPort: 0}, {hostPort: 70000}, {hostPort: 1, protocol: ICMP}, {hostPort: many}]}, {}], \
+                      initContainers: [{ports: [{hostPort: 8081}]}]},";
+    let host_ports = pod("hp", containers, "phase: Running, podIP: 10.0.0.4");
+    let done = pod("hp-done", &containers.replace("8081", "8082"), "phase: Failed, podIP: 10.0.0.5");
+    let wanted = [
+        (Protocol::Tcp, 30_080),
+        (Protocol::Udp, 30_053),
+        (Protocol::Tcp, 8_080),
+        (Protocol::Udp, 8_053),
+        (Protocol::Sctp, 8_132),
+        (Protocol::Tcp, 8_081),
+    ];
+    assert_eq!(outside(&[SHOP, &node_ports, &host_ports, &done]).node_ports, wanted.into());
+    let foreign = [of("bank", &node_ports), of("bank", &host_ports)];
+    assert!(outside(&[SHOP, &foreign[0], &foreign[1]]).node_ports.is_empty());
+}
+
+#[test]
+fn external_addresses_and_balancers_at_a_node_lead_back_by_their_ports() {
+    let ports = "ports: [{name: a, port: 80}, {name: b, port: 53, protocol: UDP}]";
+    let spec = format!("type: LoadBalancer, clusterIP: 10.96.0.9, externalIPs: [198.51.100.1], {ports}");
+    let lb = service(
+        "lb",
+        &spec,
+        "loadBalancer: {ingress: [{ip: 203.0.113.80}, {ip: 192.168.0.1}, {ip: 'fd00:a::1', ipMode: Proxy}, \
+         {ip: 203.0.113.81, ipMode: Proxy}, {hostname: lb.example.com}]}",
+    );
+    let got = outside(&[SHOP, &lb]);
+    let wanted = ["198.51.100.1", "192.168.0.1", "fd00:a::1"].into_iter().flat_map(|address| {
+        [(Protocol::Tcp, 80), (Protocol::Udp, 53)].map(|(protocol, port)| (ip(address), protocol, port))
+    });
+    assert_eq!(got.externals, wanted.collect());
+    assert_class(&got, Class::Own, &["203.0.113.80"]);
+    // A balancer of its own: only the guard's ranges say what becomes of it.
+    assert_class(&got, Class::Unknown, &["203.0.113.81", "198.51.100.1"]);
+    let entries = entries(&[SHOP, &lb]);
+    assert!(
+        !entries.vips.contains_key(&ip("203.0.113.81")) && !entries.exempts.contains(&ip("203.0.113.81"))
+    );
+    assert!(outside(&[SHOP, &of("bank", &lb)]).externals.is_empty());
+}
+
+#[test]
+fn an_address_of_a_pod_that_is_not_listed_yet_is_a_vip_without_ports_and_the_projects_own() {
+    let target = |kind: &str, namespace: &str| {
+        let endpoints = format!(
+            "{{addresses: [10.9.9.9], targetRef: {{kind: {kind}, name: ghost, namespace: {namespace}}}}}"
+        );
+        slice("g", "web", "IPv4", "{name: http, port: 8080}", &endpoints)
+    };
+    let ghost = target("Pod", "shop");
+    let closed = Vip { address: ip("10.9.9.9"), ports: Vec::new(), client_ip_affinity: false };
+    assert_eq!(entries(&[SHOP, &ghost]).vips[&ip("10.9.9.9")], closed);
+    assert_class(&outside(&[SHOP, &ghost]), Class::Own, &["10.9.9.9"]);
+    // A slice of another namespace vouches for the address at the same time: it stays closed.
+    let bank = of("bank", &slice("b", "b", "IPv4", "{port: 80}", "{addresses: [10.9.9.9]}"));
+    assert_class(&outside(&[SHOP, &ghost, &bank]), Class::Own, &["10.9.9.9"]);
+    let host = pod("ghost", "spec: {hostNetwork: true},", "phase: Running, podIP: 10.9.9.9");
+    for others in [
+        &[SHOP, &target("VirtualMachine", "shop")][..],
+        &[SHOP, &target("Pod", "bank")],
+        &[SHOP, &ghost, &host],
+        &[SHOP, &of("bank", &ghost)],
+    ] {
+        assert!(!entries(others).vips.contains_key(&ip("10.9.9.9")), "{others:?}");
+    }
+    let node = pod("n", "", "phase: Running, podIP: 10.0.0.8, hostIP: 10.9.9.9");
+    assert!(!entries(&[SHOP, &ghost, &node]).vips.contains_key(&ip("10.9.9.9")), "a node's address");
+}
+
+#[test]
+fn the_endpoints_of_a_resolver_in_another_namespace_are_known_by_their_ports_for_dns() {
+    let dns = service(
+        "dns",
+        "clusterIPs: [10.96.0.10, 'fd00:96::a'], ports: [{name: dns, port: 53, protocol: UDP}, \
+         {name: dns-tcp, port: 53}, {name: metrics, port: 9153}]",
+        "",
+    );
+    let ports =
+        "{name: dns, port: 5353, protocol: UDP}, {name: dns-tcp, port: 5353}, {name: metrics, port: 9153}";
+    let slices = [
+        slice("d4", "dns", "IPv4", ports, "{addresses: [10.7.0.1], targetRef: {kind: Pod, name: d}}"),
+        slice("d6", "dns", "IPv6", ports, "{addresses: ['fd00:7::1'], conditions: {ready: false}}"),
+        slice("x", "other", "IPv4", ports, "{addresses: [10.7.0.9]}"),
+        slice("thief", "dns", "IPv4", ports, "{addresses: [10.0.0.2, 127.0.0.1]}"),
+    ];
+    let system: Vec<_> = [&dns].into_iter().chain(&slices).map(|object| of("kube-system", object)).collect();
+    let all: Vec<_> = [SHOP].into_iter().chain(system.iter().map(String::as_str)).collect();
+    let got = outside(&all);
+    let wanted: BTreeSet<_> = ["10.7.0.1", "fd00:7::1"]
+        .into_iter()
+        .flat_map(|address| [Protocol::Udp, Protocol::Tcp].map(|protocol| (ip(address), protocol, 5_353)))
+        .collect();
+    assert_eq!(got.resolver_endpoints(&[ip("10.96.0.10")]), wanted, "without addresses of the project");
+    assert_eq!(got.resolver_endpoints(&[ip("fd00:96::a"), ip("10.96.0.10")]), wanted);
+    assert!(got.resolver_endpoints(&[ip("10.96.0.11"), ip("10.7.0.1")]).is_empty(), "no such Service");
+    // A resolver of the project is asked through the tunnel.
+    let own: Vec<_> = [SHOP, &dns].into_iter().chain(slices.iter().map(String::as_str)).collect();
+    assert!(outside(&own).resolver_endpoints(&[ip("10.96.0.10")]).is_empty());
+}
+
+#[test]
+fn values_of_node_ports_and_external_addresses_that_mean_nothing_are_refused() {
+    for spec in [
+        "ports: [{port: 80, nodePort: 70000}]",
+        "ports: [{port: 80, nodePort: -1}]",
+        "externalIPs: [everywhere], ports: [{port: 80}]",
+    ] {
+        assert!(parse(service("a", spec, "").as_bytes(), Syntax::Yaml).is_err(), "{spec}");
+    }
+    let status = "loadBalancer: {ingress: [{ip: nowhere, ipMode: Proxy}]}";
+    assert!(parse(service("a", "ports: [{port: 80}]", status).as_bytes(), Syntax::Yaml).is_err());
+    let name = service("a", "type: ExternalName, externalName: e.example, externalIPs: [10.0.0.7]", "");
+    let parsed = objects(&[&name]);
+    assert!(
+        parsed.services.values().all(|service| service.external_addresses.is_empty()),
+        "it has no address"
+    );
 }

@@ -17,6 +17,10 @@ use crate::proto::ranges::Ranges;
 /// Most nodes that one guard knows by address; 68 bytes of kernel memory each.
 const NODES_MAX: usize = 32_768;
 
+/// Most ports of resolvers' endpoints that one guard knows: some clusters run one on each node. Those that are left out are
+/// asked about like any address, but not counted as DNS.
+const RESOLVER_ENDPOINTS_MAX: usize = 2_048;
+
 /// Facts about addresses that no agent decides.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -32,12 +36,20 @@ pub struct Facts {
     pub externals: BTreeSet<(IpAddr, Protocol, u16)>,
     /// The directed broadcast address of each subnet of the pod.
     pub broadcasts: BTreeSet<Ipv4Addr>,
+    /// Where the Services that are the pod's resolvers lead: address, protocol and port of each endpoint, in other projects.
+    /// A load balancer at socket level sends the pod's queries there, past the agent.
+    pub resolver_endpoints: BTreeSet<(IpAddr, Protocol, u16)>,
 }
 
 impl Facts {
     /// The nodes that fit the guard's set.
     pub(super) fn known_nodes(&self) -> impl Iterator<Item = &IpAddr> {
         self.nodes.iter().take(NODES_MAX)
+    }
+
+    /// The endpoints of resolvers that fit the guard's set.
+    pub(super) fn known_resolver_endpoints(&self) -> impl Iterator<Item = &(IpAddr, Protocol, u16)> + Clone {
+        self.resolver_endpoints.iter().take(RESOLVER_ENDPOINTS_MAX)
     }
 }
 

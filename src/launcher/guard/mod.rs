@@ -31,7 +31,7 @@ use siphasher::sip::SipHasher13;
 pub use self::counting::Reason;
 pub use self::door::{Door, OrderedStop, Ready};
 pub use self::facts::{Exemption, Facts, NotAnExemption};
-pub use self::ruleset::ruleset;
+pub use self::ruleset::{COUNTERS, DNS_UNCAPTURED, counts_drops, ruleset};
 use crate::agent::guard::{SET4, SET6, TABLE};
 use crate::proto::ladder::Mode;
 use crate::proto::ranges::Ranges;

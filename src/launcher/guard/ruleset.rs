@@ -16,6 +16,7 @@ use super::{DeviceName, Reason, Skeleton, counting, strict};
 use crate::agent::guard::{CHAINS, EGRESS_CHAIN, NETDEV_CHAINS, TABLE};
 use crate::agent::netlink::MARK;
 use crate::agent::tun;
+use crate::proto::directory::Protocol;
 use crate::proto::ladder::Mode;
 
 /// A bit of the mark that no part of [`MARK`] is: a packet bears it from postrouting to the device's egress, where it is
@@ -23,8 +24,36 @@ use crate::proto::ladder::Mode;
 pub(super) const JUDGED: u32 = 0x0100_0000;
 const _: () = assert!(MARK & JUDGED == 0, "the agent's own datagrams bear no such bit");
 
-/// Named counters of strict mode, in both tables. Those of [`Reason`] come beside them.
-const COUNTERS: [&str; 15] = [
+/// Named counters of strict mode, in both tables. Those of [`Reason`] come beside them. `tencrypt status` shows all of them
+/// under `guard`; the word is the same in logs.
+///
+/// | counter | what it counts |
+/// |---|---|
+/// | `outbound_postrouting` | dropped: plaintext of the pod's programs to a protected address |
+/// | `outbound_egress` | dropped: plaintext of a packet socket to a protected address |
+/// | `inbound` | dropped: plaintext from a protected address |
+/// | `former` | dropped: a packet to an address that belonged to the project at most ten minutes ago, or that DNS alone named |
+/// | `unclassified` | dropped: a packet to an address within the ranges that nothing vouches for |
+/// | `nodeport_to_self` | dropped: a packet to a nodePort, hostPort or externalIP of the own project |
+/// | `link_scope` | dropped: a packet to or from a link-local, loopback or multicast address |
+/// | `broadcast` | dropped: a packet to a broadcast address or to 0.0.0.0/8 |
+/// | `source_route` | dropped: a packet with an IPv4 source route or an IPv6 routing header |
+/// | `dhcp` | dropped: a packet to or from a DHCP server, without `--allow-dhcp` |
+/// | `dns_escaped` | dropped: a DNS query to a resolver that did not go through the agent |
+/// | `dns_forged` | dropped: a packet from a resolver's port 53 to a port that the agent does not ask from |
+/// | `marked_other` | dropped: a packet with the agent's mark that is neither a sealed datagram to a peer nor DNS to a resolver |
+/// | `tun_source` | dropped: a packet out of `tenc0` whose source is neither a protected address nor a resolver |
+/// | `raw` | dropped: a packet socket's packet to an address within the ranges, at link scope, or to a group |
+/// | `frame` | dropped: a frame that is not IPv4, IPv6 or ARP, or whose type is not the one that the kernel was told |
+/// | `no_ip` | dropped: a packet of the kernel that is neither IPv4 nor IPv6 |
+/// | `not_protected` | dropped: any packet while the guard is closed |
+/// | `asks` | not a drop: how often the agent was told of an unknown address within the ranges |
+/// | `dns_uncaptured` | not a drop: packets to endpoints of the pod's resolvers, which the agent does not see |
+/// | `link_scope_allowed` | not a drop: packets that `--allow-link-scope` let pass |
+///
+/// Below strict mode `would_drop_outbound`, `would_drop_egress`, `would_drop_inbound` and `would_drop_dns` count packets that
+/// passed.
+pub const COUNTERS: [&str; 17] = [
     "not_protected",
     "marked_other",
     "dns_forged",
@@ -40,7 +69,21 @@ const COUNTERS: [&str; 15] = [
     "no_ip",
     "frame",
     "raw",
+    DNS_UNCAPTURED,
+    LINK_SCOPE_ALLOWED,
 ];
+
+/// Packets to endpoints of the pod's resolvers: something below the agent rewrites the resolver's address.
+pub const DNS_UNCAPTURED: &str = "dns_uncaptured";
+
+/// What `--allow-link-scope` lets pass.
+const LINK_SCOPE_ALLOWED: &str = "link_scope_allowed";
+
+/// Whether a counter of strict mode counts packets that were dropped.
+#[must_use]
+pub fn counts_drops(counter: &str) -> bool {
+    !["asks", DNS_UNCAPTURED, LINK_SCOPE_ALLOWED].contains(&counter)
+}
 
 /// Both families have the same rules but for these words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,7 +245,7 @@ pub(super) fn egress_chain(device: &DeviceName) -> String {
 type Declared = (&'static str, &'static str, &'static str);
 
 /// `protected`, `peers`, `former` and `released` are the agent's, the dynamic ones the rules' own, the others the launcher's.
-const INET_SETS: [Declared; 13] = [
+const INET_SETS: [Declared; 14] = [
     ("protected", "ADDRESS", ""),
     ("peers", "ADDRESS", ""),
     ("former", "ADDRESS", ""),
@@ -211,6 +254,7 @@ const INET_SETS: [Declared; 13] = [
     ("resolvers", "ADDRESS", ""),
     ("nodes", "ADDRESS", ""),
     ("externals", "ADDRESS . inet_proto . inet_service", ""),
+    ("resolver_endpoints", "ADDRESS . inet_proto . inet_service", ""),
     // Destinations with a rule of their own: one look-up for all kinds.
     ("special", "ADDRESS", ""),
     ("asked", "ADDRESS", "flags dynamic,timeout; timeout 1s; size 128;"),
@@ -408,13 +452,15 @@ impl Elements {
                 Family::V4 => facts.broadcasts.iter().map(ToString::to_string).collect(),
                 Family::V6 => BTreeSet::new(),
             };
-            let external_addresses = externals.clone().map(|(address, ..)| address.to_string());
-            let special =
-                resolvers.iter().chain(&nodes).chain(&broadcasts).cloned().chain(external_addresses);
+            let endpoints = facts.known_resolver_endpoints().filter(|(address, ..)| family.has(address));
+            let with_ports = externals.clone().chain(endpoints.clone()).map(|(a, ..)| a.to_string());
+            let special = resolvers.iter().chain(&nodes).chain(&broadcasts).cloned().chain(with_ports);
             all.push((format!("special{n}"), special.collect()));
-            let externals =
-                externals.map(|(a, protocol, port)| format!("{a} . {} . {port}", *protocol as u8));
-            all.push((format!("externals{n}"), externals.collect()));
+            let port = |(address, protocol, port): &(IpAddr, Protocol, u16)| {
+                format!("{address} . {} . {port}", *protocol as u8)
+            };
+            all.push((format!("externals{n}"), externals.map(port).collect()));
+            all.push((format!("resolver_endpoints{n}"), endpoints.map(port).collect()));
             all.push((format!("resolvers{n}"), resolvers));
             all.push((format!("nodes{n}"), nodes));
             all.push((format!("gateways{n}"), gateways));

@@ -18,6 +18,11 @@ fn skeleton(mode: Mode, state: State) -> Skeleton {
         node_ports: [(Protocol::Tcp, 30_080)].into(),
         externals: [("192.0.2.80".parse().unwrap(), Protocol::Tcp, 80)].into(),
         broadcasts: ["10.1.1.255".parse().unwrap()].into(),
+        resolver_endpoints: [
+            ("10.1.9.9".parse().unwrap(), Protocol::Udp, 5353),
+            ("fd00:10::99".parse().unwrap(), Protocol::Tcp, 53),
+        ]
+        .into(),
     };
     Skeleton {
         state,
@@ -212,7 +217,9 @@ fn elements_replace_those_that_were_there() {
         "add element inet tencrypt gateways6 { \"eth0\" . fe80::1 }",
         "add element inet tencrypt broadcasts4 { 10.1.1.255 }",
         "add element inet tencrypt node_ports { 6 . 30080 }",
-        "add element inet tencrypt special4 { 10.1.1.1, 10.1.1.255, 10.96.0.10, 169.254.20.10, 192.0.2.80, 192.168.77.1 }",
+        "add element inet tencrypt special4 { 10.1.1.1, 10.1.1.255, 10.1.9.9, 10.96.0.10, 169.254.20.10, 192.0.2.80, 192.168.77.1 }",
+        "add element inet tencrypt resolver_endpoints4 { 10.1.9.9 . 17 . 5353 }",
+        "add element inet tencrypt resolver_endpoints6 { fd00:10::99 . 6 . 53 }",
         "add element netdev tencrypt resolvers4 { 10.96.0.10, 169.254.20.10 }",
     ] {
         assert!(text.contains(line), "{line}\n{text}");
@@ -249,7 +256,53 @@ fn link_scope_and_dhcp_pass_only_where_the_operator_says_so() {
         Skeleton { allow_link_scope: true, allow_dhcp: true, ..skeleton(Mode::Strict, State::Open) };
     let text = ruleset(&allowed, true);
     assert!(!text.contains("counter name link_scope drop") && !text.contains("counter name dhcp drop"));
-    assert!(chain(&text, "link_scope").contains(&"counter name link_scope goto pass".to_owned()));
+    assert!(chain(&text, "link_scope").contains(&"counter name link_scope_allowed goto pass".to_owned()));
+}
+
+#[test]
+fn queries_to_endpoints_of_the_resolvers_pass_whole_and_are_counted_beside_the_fast_path() {
+    let text = strict();
+    let rule = |family: u8, daddr: &str| {
+        let rule = format!("{daddr} . meta l4proto . th dport @resolver_endpoints{family}");
+        format!("{rule} counter name dns_uncaptured goto pass")
+    };
+    let v4 = rule(4, "ip frag-off & 0x1fff == 0 ip daddr");
+    assert!(chain(&text, "special_out4").contains(&v4));
+    assert!(chain(&text, "special_out6").contains(&rule(6, "ip6 daddr")));
+    assert_eq!(text.matches("counter name dns_uncaptured").count(), 2);
+    for mode in [Mode::Permissive, Mode::Audit] {
+        assert!(!ruleset(&skeleton(mode, State::Open), true).contains("counter name dns_uncaptured"));
+    }
+}
+
+/// The counters that packets end in, by the rules' own words.
+fn counters_of_rules(text: &str) -> BTreeSet<(String, bool)> {
+    let rules = text.lines().filter_map(|line| Some((line, line.split_once("counter name ")?.1)));
+    rules.map(|(line, rest)| (rest.split(' ').next().unwrap().to_owned(), line.ends_with(" drop"))).collect()
+}
+
+#[test]
+fn every_counter_is_used_is_a_drop_or_not_as_it_says_and_is_documented_here_and_in_the_readme() {
+    let allowed =
+        Skeleton { allow_link_scope: true, allow_dhcp: true, ..skeleton(Mode::Strict, State::Open) };
+    let texts = [strict(), ruleset(&allowed, true), ruleset(&skeleton(Mode::Strict, State::Closed), true)];
+    let used: BTreeSet<_> = texts.iter().flat_map(|text| counters_of_rules(text)).collect();
+    for (counter, drops) in &used {
+        assert_eq!(counts_drops(counter), *drops, "{counter}");
+    }
+    let used: BTreeSet<_> = used.into_iter().map(|(counter, _)| counter).collect();
+    let all = COUNTERS.iter().copied().chain(Reason::ALL.map(Reason::as_str));
+    let all: BTreeSet<_> = all.map(str::to_owned).collect();
+    assert_eq!(used, all);
+    let readme = include_str!("../../../README.md");
+    let rows = |text: &str, start: &str| -> String {
+        text.lines().filter(|line| line.starts_with(start)).collect::<Vec<_>>().join("\n")
+    };
+    let (here, there) = (rows(include_str!("ruleset.rs"), "/// | `"), rows(readme, "| `"));
+    for counter in all {
+        assert!(here.contains(&format!("| `{counter}` |")), "{counter} is not documented");
+        assert!(there.contains(&format!("`{counter}`")), "{counter} is not in the README");
+    }
 }
 
 #[test]

@@ -5,12 +5,16 @@
 //! 1. what bears the agent's mark: sealed datagrams to a peer, DNS to a resolver; nothing else
 //! 2. neighbour discovery and MLD
 //! 3. a protected address: only ICMP errors that quote a sealed datagram
-//! 4. addresses with a rule of their own (`special`): resolvers, nodes, externalIPs, directed broadcasts
+//! 4. addresses with a rule of their own (`special`): resolvers and their endpoints, nodes, externalIPs, directed broadcasts
 //! 5. by scope: an address within the ranges only if it is vouched for; link scope, groups and broadcast not at all;
 //!    everything else passes
 //!
 //! In (prerouting, before defragmentation): the same partition by source. From `tenc0` only protected sources and resolvers
 //! enter, so that the pod's stack cannot be made to answer a stranger in clear.
+//!
+//! A load balancer at socket level (Cilium's) replaces a resolver's address by that of an endpoint before the kernel looks for
+//! a route, so the agent sees no query. Endpoints of the pod's resolvers are outside of the project: their ports for DNS
+//! pass, and are counted (`dns_uncaptured`), so that status says `dns not captured (socket LB)`.
 //!
 //! A device's egress hook sees the frames of packet sockets, which no other hook sees. Tables cannot share sets: postrouting
 //! marks what it accepted with the bit [`JUDGED`]; egress looks for the address in its own `protected` set first, then
@@ -50,7 +54,10 @@ pub(super) fn inet(skeleton: &Skeleton) -> String {
 
 /// Chains that do not depend on the family.
 fn common(skeleton: &Skeleton) -> String {
-    let link_scope = if skeleton.allow_link_scope { "goto pass" } else { "drop" };
+    let [link_scope, broadcast] = match skeleton.allow_link_scope {
+        true => ["link_scope_allowed goto pass"; 2],
+        false => ["link_scope drop", "broadcast drop"],
+    };
     format!(
         "
     chain ip_options {{
@@ -58,10 +65,10 @@ fn common(skeleton: &Skeleton) -> String {
         ip option ssrr exists counter name source_route drop
     }}
     chain link_scope {{
-        counter name link_scope {link_scope}
+        counter name {link_scope}
     }}
     chain to_all {{
-        counter name broadcast {link_scope}
+        counter name {broadcast}
     }}
     # Towards a node: everything but the ports that lead back into the project.
     chain node_out {{
@@ -122,17 +129,19 @@ fn protected(skeleton: &Skeleton, family: Family) -> String {
 fn outbound(skeleton: &Skeleton, family: Family) -> String {
     let (ip, n, _) = family.words();
     let dhcp = dhcp_out(skeleton, family);
-    let (options, broadcasts) = match family {
+    let (options, broadcasts, whole) = match family {
         Family::V4 => (
             "
         @nh,0,8 != 0x45 jump ip_options",
             "
         ip daddr @broadcasts4 goto to_all",
+            "ip frag-off & 0x1fff == 0 ",
         ),
         Family::V6 => (
             "
         exthdr rt exists counter name source_route drop
         meta l4proto icmpv6 jump control_out6",
+            "",
             "",
         ),
     };
@@ -146,6 +155,7 @@ fn outbound(skeleton: &Skeleton, family: Family) -> String {
     chain special_out{n} {{
         {ip} daddr @resolvers{n} udp dport 53 counter name dns_escaped drop
         {ip} daddr @resolvers{n} tcp dport 53 counter name dns_escaped drop
+        {whole}{ip} daddr . meta l4proto . th dport @resolver_endpoints{n} counter name dns_uncaptured goto pass
         {ip} daddr . meta l4proto . th dport @externals{n} counter name nodeport_to_self drop
         {ip} daddr @nodes{n} goto node_out{broadcasts}{dhcp}
         goto scope_out{n}
@@ -320,6 +330,8 @@ fn range_in(skeleton: &Skeleton, family: Family) -> String {
         {ip} saddr @nodes{n} accept
         {ip} saddr @released{n} accept{exempt}
         {ip} saddr @resolvers{n} accept
+        # The answer to a query that a load balancer at socket level sent there.
+        {ip} saddr . meta l4proto . th sport @resolver_endpoints{n} accept
         # An error is not answered: no event, no window.
         {icmp} type {{ {errors} }} accept
         {ip} saddr @fresh{n} goto flow_in{n}

@@ -13,8 +13,9 @@
 //! | `project` | the project whose traffic is protected; null without a launcher |
 //! | `addresses` | the pod's own addresses |
 //! | `mode` | `strict`, `permissive` or `audit`; null without a launcher |
-//! | `state` | `protected`: an agent is ready; `unprotected`: it is, and something of `standing` is in its way; `closed`: no ready agent answers, what is protected is blocked. Without a launcher too, though an agent may go on: nobody vouches for it |
+//! | `state` | `protected`: an agent is ready and the guard is open; `unprotected`: the same, and something of `standing` is in the agent's way; `closed`: no ready agent answers, or the guard is not open, so that nothing of the project passes. If no launcher answers, the pod is shown as `closed` because its state is unknown |
 //! | `reason` | why the state is not `protected`; else absent |
+//! | `degraded` | what is missing although the pod is protected. `dns not captured (socket LB)`: the pod's programs ask endpoints of their resolver, past the agent, because a load balancer at socket level rewrites the resolver's address; names are then protected as far as the directory knows their addresses |
 //! | `launcher.pid` | the launcher's process; `launcher` is null where none answers |
 //! | `agent.pid` | the agent's process; `agent` is null while there is none |
 //! | `agent.replaced` | agents that ended unasked, or were killed because they were frozen, since the launcher started |
@@ -26,9 +27,12 @@
 //! | `counters.dnsConnections` | connections to resolvers |
 //! | `counters.unpinned` | flows that did not keep their path when their address was captured or passed |
 //! | `counters.drops` | packets dropped by the agent, by reason; reasons that did not occur are absent. `queue_overflow` and `receive_overflow` are the kernel's: no room in `tenc0`, in a tunnel socket |
-//! | `judgedBy` | `ranges`: an address within the cluster's ranges passes only if something vouches for it; `learned`: without ranges (or with `--unclassified pass`) an address that nothing names passes; null without a launcher |
 //! | `guardState` | `open`: every packet is judged; `closed`: nothing passes but what the agent needs; `filling`: before the pod is protected for the first time, everything passes but what is protected so far; null without a launcher |
-//! | `guard` | packets counted by the guard's named counters; null where they cannot be read |
+//! | `judgedBy` | `ranges`: an address within the cluster's ranges passes only if something vouches for it; `learned`: without ranges, or with `--unclassified pass`, an address that neither the directory nor DNS named passes; null without a launcher. It counts in strict mode |
+//! | `unclassified` | `drop` or `pass`: what `--unclassified` says about an address within the ranges that nothing vouches for; null without a launcher |
+//! | `allowLinkScope`, `allowDhcp` | whether the launcher was given these flags; null without a launcher |
+//! | `released` | addresses within the ranges that something vouches for and that the pod spoke to lately; null without an answer of the agent |
+//! | `guard` | packets counted by the guard's named counters, which [`COUNTERS`](crate::launcher::guard::COUNTERS) documents; null where they cannot be read |
 //! | `tampering` | foreign changes of what protects the pod, by kind |
 //! | `standing` | those that could not be undone |
 //! | `peers.total`, `.established` | peers of the directory, and those of them with a session |
@@ -47,7 +51,7 @@
 //! A reason is the counter that strict mode would count it with. What passes between the pod and an `able` peer that is not
 //! `captured` is none of it, though it is in clear: strict mode would seal it.
 //!
-//! `counters`, `peers`, `vips`, `flows` and `flowStates` are null where no agent answered. Counters live as long as the pod is protected, whoever
+//! `counters`, `released`, `peers`, `vips`, `flows` and `flowStates` are null where no agent answered. Counters live as long as the pod is protected, whoever
 //! is its agent; `agent.replaced` lives as long as the launcher.
 
 use std::collections::BTreeMap;
@@ -72,6 +76,20 @@ pub(super) use server::StatusServer;
 const API_VERSION: &str = "tencrypt.io/v1alpha1";
 /// Longest document that is read, in bytes: one with every peer, flow, record and counter is a half of it.
 const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// `degraded`: programs of the pod speak to endpoints of their resolver.
+const DNS_NOT_CAPTURED: &str = "dns not captured (socket LB)";
+
+/// How the guard is, and what the launcher was told about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+struct Rules {
+    state: &'static str,
+    has_ranges: bool,
+    drops_unclassified: bool,
+    allow_link_scope: bool,
+    allow_dhcp: bool,
+}
 
 /// A whole answer of an agent.
 #[derive(Clone, Debug, Default)]
@@ -119,14 +137,24 @@ pub struct PodStatus {
     pub state: State,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    #[serde(default)]
+    pub degraded: Vec<String>,
     pub launcher: Option<LauncherStatus>,
     pub agent: Option<AgentStatus>,
     pub generation: Option<u64>,
     pub counters: Option<Counters>,
     #[serde(default)]
+    pub guard_state: Option<String>,
+    #[serde(default)]
     pub judged_by: Option<String>,
     #[serde(default)]
-    pub guard_state: Option<String>,
+    pub unclassified: Option<String>,
+    #[serde(default)]
+    pub allow_link_scope: Option<bool>,
+    #[serde(default)]
+    pub allow_dhcp: Option<bool>,
+    #[serde(default)]
+    pub released: Option<u64>,
     pub guard: Option<BTreeMap<String, u64>>,
     pub tampering: BTreeMap<String, u64>,
     pub standing: Vec<String>,
@@ -221,12 +249,17 @@ impl PodStatus {
             mode: None,
             state: State::Closed,
             reason: Some(reason.to_owned()),
+            degraded: Vec::new(),
             launcher: None,
             agent: None,
             generation: None,
             counters: None,
-            judged_by: None,
             guard_state: None,
+            judged_by: None,
+            unclassified: None,
+            allow_link_scope: None,
+            allow_dhcp: None,
+            released: None,
             guard: None,
             tampering: BTreeMap::new(),
             standing: Vec::new(),
@@ -247,6 +280,7 @@ impl PodStatus {
             generation,
             totals,
             clear: _,
+            released,
             vips,
             vips_total,
             drops,
@@ -289,6 +323,24 @@ impl PodStatus {
         });
         self.peers = Some(Peers { total: peers_total, established: peers_established, items });
         self.flows = Some(flows);
+        self.released = Some(released);
+    }
+
+    /// Takes over the guard's counters.
+    fn set_guard(&mut self, counters: BTreeMap<String, u64>) {
+        if counters.get(guard::DNS_UNCAPTURED).is_some_and(|packets| *packets > 0) {
+            self.degraded.push(DNS_NOT_CAPTURED.to_owned());
+        }
+        self.guard = Some(counters);
+    }
+
+    /// Takes over how the guard is, and what the launcher was told about it.
+    fn set_rules(&mut self, rules: &Rules) {
+        self.guard_state = Some(rules.state.to_owned());
+        self.judged_by = Some(if rules.has_ranges { "ranges" } else { "learned" }.to_owned());
+        self.unclassified = Some(if rules.drops_unclassified { "drop" } else { "pass" }.to_owned());
+        self.allow_link_scope = Some(rules.allow_link_scope);
+        self.allow_dhcp = Some(rules.allow_dhcp);
     }
 
     /// Takes over the guard's records, after the report, if there is one.
@@ -319,6 +371,14 @@ mod tests {
     const OWN: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 11));
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 12));
 
+    const RULES: Rules = Rules {
+        state: "open",
+        has_ranges: true,
+        drops_unclassified: true,
+        allow_link_scope: false,
+        allow_dhcp: true,
+    };
+
     pub(super) fn answered() -> Answered {
         let tuple = Tuple { protocol: 6, local: (OWN, 4_000), remote: (PEER, 80) };
         let flow = FlowReport { tuple, peer: Some(PEER), state: FlowState::Protected, idle_s: Some(1) };
@@ -344,6 +404,7 @@ mod tests {
             drops: vec![("bad_tag".to_owned(), 2), ("queue_overflow".to_owned(), 5)],
             flows: 6,
             clear: 0,
+            released: 3,
             peers: vec![PeerReport {
                 address: PEER,
                 established: true,
@@ -365,9 +426,10 @@ mod tests {
             mode: Some(Mode::Audit),
             launcher: Some(LauncherStatus { pid: 7 }),
             agent: Some(AgentStatus { pid: 8, replaced: 1, last_end: Some("by signal 9".to_owned()) }),
-            guard: Some([("inbound".to_owned(), 0)].into()),
             ..PodStatus::closed(name.to_owned(), "not asked yet")
         };
+        status.set_guard([("inbound".to_owned(), 0), ("dns_uncaptured".to_owned(), 9)].into());
+        status.set_rules(&RULES);
         status.set_report(answered(), Some(&[record()]));
         status.set_records(&[record()]);
         status
@@ -386,6 +448,11 @@ mod tests {
         assert_eq!(json["apiVersion"], "tencrypt.io/v1alpha1");
         assert_eq!(json["kind"], "PodStatus");
         assert_eq!(json["state"], "protected");
+        assert_eq!((&json["guardState"], &json["judgedBy"]), (&"open".into(), &"ranges".into()));
+        assert_eq!((&json["unclassified"], &json["released"]), (&"drop".into(), &3.into()));
+        assert_eq!((&json["allowLinkScope"], &json["allowDhcp"]), (&false.into(), &true.into()));
+        assert_eq!(json["degraded"][0], "dns not captured (socket LB)");
+        assert_eq!(json["guard"]["dns_uncaptured"], 9);
         assert_eq!(json["agent"]["lastEnd"], "by signal 9");
         assert_eq!(json["counters"]["dnsForwarded"], 3);
         assert_eq!(json["counters"]["drops"]["queue_overflow"], 5);
@@ -426,6 +493,18 @@ mod tests {
                 assert!(documented.lines().any(told), "{field}: {name} is not documented");
             }
         }
+    }
+
+    #[test]
+    fn a_status_says_how_unknown_addresses_are_judged_and_what_was_allowed() {
+        let mut status = PodStatus::closed("pod".to_owned(), "not asked yet");
+        assert_eq!((&status.guard_state, &status.judged_by, status.allow_dhcp), (&None, &None, None));
+        status.set_rules(&Rules { state: "closed", has_ranges: false, drops_unclassified: false, ..RULES });
+        let word = |word: &Option<String>| word.clone().unwrap();
+        assert_eq!(word(&status.guard_state), "closed");
+        assert_eq!((word(&status.judged_by), word(&status.unclassified)), ("learned".into(), "pass".into()));
+        status.set_guard([("dns_uncaptured".to_owned(), 0)].into());
+        assert!(status.degraded.is_empty(), "no packet went past the agent");
     }
 
     #[test]

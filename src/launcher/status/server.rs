@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use super::{AgentStatus, Answered, LauncherStatus, PodStatus};
+use super::{AgentStatus, Answered, LauncherStatus, PodStatus, Rules};
 use crate::agent::control::{FlowReport, REPORTED_FLOWS_MAX, Report};
 use crate::launcher::guard;
 use crate::launcher::plan::Plan;
@@ -82,15 +82,15 @@ impl StatusServer {
         }
     }
 
-    /// Answers with what the launcher knows, and with the agent's report if it was `asked` for one.
+    /// Answers with what the launcher knows, and with the agent's report if it was `asked` for one; else that says why not.
     pub(in crate::launcher) fn answer(
         &mut self,
         stream: UnixStream,
         plan: &Plan,
         agent: Option<i32>,
-        asked: bool,
+        asked: Result<(), &'static str>,
     ) {
-        let report = asked.then(|| {
+        let report = asked.is_ok().then(|| {
             let (sender, receiver) = oneshot::channel();
             self.waiting.retain(|sender| !sender.is_closed());
             self.waiting.push(sender);
@@ -101,10 +101,17 @@ impl StatusServer {
             Err(error) => return debug!(%error, "a question is not answered"),
         };
         let mut status = self.known(plan.netns.name(), &plan.project, &plan.addresses, agent);
+        if let (Err(reason), Some(_)) = (asked, agent) {
+            status.reason = Some(reason.to_owned());
+        }
         status.mode = Some(plan.skeleton.mode);
-        status.judged_by =
-            Some(if plan.skeleton.ranges.is_empty() { "learned" } else { "ranges" }.to_owned());
-        status.guard_state = Some(plan.skeleton.state().to_owned());
+        status.set_rules(&Rules {
+            state: plan.skeleton.state(),
+            has_ranges: !plan.skeleton.ranges.is_empty(),
+            drops_unclassified: plan.drops_unclassified(),
+            allow_link_scope: plan.skeleton.allow_link_scope,
+            allow_dhcp: plan.skeleton.allow_dhcp,
+        });
         self.tasks.spawn(write(stream, status, netns, report));
     }
 
@@ -193,14 +200,13 @@ async fn write(
     if let Some(records) = records {
         status.set_records(&records);
     }
-    status.guard = match guard {
-        Ok(Ok(counters)) => Some(counters.into_iter().map(|(name, n)| (name, n.packets)).collect()),
-        Ok(Err(error)) => {
-            warn!(error = describe(&error), "the guard's counters cannot be read");
-            None
+    match guard {
+        Ok(Ok(counters)) => {
+            status.set_guard(counters.into_iter().map(|(name, n)| (name, n.packets)).collect());
         }
-        Err(_) => None,
-    };
+        Ok(Err(error)) => warn!(error = describe(&error), "the guard's counters cannot be read"),
+        Err(_) => {}
+    }
     let document = status.to_json() + "\n";
     match timeout(LIMIT, stream.write_all(document.as_bytes())).await {
         Ok(Ok(())) => {}

@@ -1,4 +1,5 @@
-//! The document for people: a line per pod, and for one pod also its peers, VIPs, flows and would-drop records.
+//! The document for people: a line per pod, and for one pod also how its guard is, what the guard counted, and the pod's
+//! peers, VIPs, flows and would-drop records.
 //!
 //! Columns are as wide as their longest word. What is left out is counted in a line of its own.
 
@@ -34,7 +35,7 @@ fn pod(status: &PodStatus) -> Vec<String> {
     ]
 }
 
-/// Peers, VIPs, flows and would-drop records of one pod, a table each; those without a line are left out.
+/// Guard, peers, VIPs, flows and would-drop records of one pod, a table each; those without a line are left out.
 pub(super) fn details(status: &PodStatus) -> String {
     let mut text = String::new();
     let mut section = |headers: &[&str], rows: Vec<Vec<String>>, left_out: u64| {
@@ -46,6 +47,12 @@ pub(super) fn details(status: &PodStatus) -> String {
             writeln!(text, "({left_out} more)").expect("a string");
         }
     };
+    section(&["DEGRADED"], status.degraded.iter().map(|reason| vec![reason.clone()]).collect(), 0);
+    let headers = ["GUARD", "JUDGED-BY", "UNCLASSIFIED", "LINK-SCOPE", "DHCP", "RELEASED"];
+    section(&headers, guard(status).into_iter().collect(), 0);
+    let counted = status.guard.iter().flatten().filter(|(_, packets)| **packets > 0);
+    let rows = counted.map(|(counter, packets)| vec![counter.clone(), packets.to_string()]);
+    section(&["COUNTER", "PACKETS"], rows.collect(), 0);
     if let Some(peers) = &status.peers {
         let rows = peers.items.iter().map(|peer| {
             let since = peer.since_seconds.map(seconds);
@@ -95,6 +102,19 @@ pub(super) fn details(status: &PodStatus) -> String {
         section(&headers, rows.collect(), would.left_out);
     }
     text
+}
+
+/// How the guard is; nothing where no launcher answered.
+fn guard(status: &PodStatus) -> Option<Vec<String>> {
+    let allowed = |allowed: bool| if allowed { "pass" } else { "drop" }.to_owned();
+    Some(vec![
+        status.guard_state.clone()?,
+        or_dash(status.judged_by.clone()),
+        or_dash(status.unclassified.clone()),
+        or_dash(status.allow_link_scope.map(allowed)),
+        or_dash(status.allow_dhcp.map(allowed)),
+        or_dash(status.released),
+    ])
 }
 
 fn or_dash(word: Option<impl ToString>) -> String {
@@ -169,7 +189,10 @@ mod tests {
         let text = details(&protected("a"));
         let lines = words(&text);
         for line in [
-            &["10.1.1.12", "yes", "able", "yes", "60s"][..],
+            &["dns", "not", "captured", "(socket", "LB)"][..],
+            &["open", "ranges", "drop", "drop", "pass", "3"],
+            &["dns_uncaptured", "9"],
+            &["10.1.1.12", "yes", "able", "yes", "60s"],
             &["(699", "more)"],
             &["10.96.1.1", "passed"],
             &["protected", "tcp", "10.1.1.11:4000", "10.1.1.12:80", "10.1.1.12", "1s"],
