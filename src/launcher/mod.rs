@@ -2,7 +2,8 @@
 //!
 //! `tencrypt launch`, in order:
 //!
-//! 1. privileges: those that are not needed are given up (`privileges`); then everything that only reads: namespace, interface, directory, project, resolv.conf, key (`Plan`)
+//! 1. privileges: those that are not needed are given up (`privileges`); then everything that only reads: namespace, interface,
+//!    directory, project, resolv.conf, key (`Plan`), and the addresses of this node (`node`)
 //! 2. the pod's runtime files (`runtime`): a second launcher is refused. With `--guard-first` both come after the pod was
 //!    closed (`gate`)
 //! 3. the guard's skeleton, then the agent (`supervisor`): the one that runs already, or a new one
@@ -11,7 +12,8 @@
 //! 6. SIGTERM: the agent removes what it made, and the guard goes last (`take_down`); SIGQUIT: only the launcher ends
 //!
 //! A bring-up that fails is undone in reverse, and leaves the pod as closed as it was found (`guard::door`). While there is no
-//! agent the project is closed: guard, routes and `tenc0` stay. `tencrypt clear` removes them. May touch: what its modules may.
+//! agent the project is closed: guard, routes and `tenc0` stay. `tencrypt clear` removes them. `tencrypt status` asks the running
+//! launchers (`status`). May touch: what its modules may.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};

@@ -1,6 +1,7 @@
 //! What `tencrypt status` says is so: counters, agents that were replaced, pods that nobody protects.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::Case;
-use crate::lab::{Lab, PROJECT, PROTECTED, Ran, run, tencrypt};
+use crate::dns::{self, Question};
+use crate::lab::{Agents, Lab, PROJECT, PROTECTED, RANGES, Ran, run, tencrypt};
 use crate::lifecycle;
 use crate::pod;
 
@@ -17,6 +19,14 @@ pub const CASES: &[Case] = &[
     Case::new("status_counts_every_packet_of_a_protected_pod", counts_every_packet).sealed(),
     Case::new("status_tells_of_agents_that_were_replaced_and_of_pods_that_are_closed", tells_of_ends)
         .seconds(90),
+    Case::new("status_says_how_the_guard_judges_and_that_dns_goes_past_the_agent", tells_of_the_guard)
+        .agents(Agents::On(RANGES)),
+];
+
+/// The Pod behind the cluster's resolver.
+const RESOLVER_ENDPOINT: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 1, 1, 53)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x1, 0x1, 0, 0, 0, 0x53)),
 ];
 
 /// The port of the receiver of the burst.
@@ -184,4 +194,32 @@ fn tells_of_ends(lab: &Lab) {
     assert_eq!(code, 1);
     assert_eq!(status(&[]).code, 1);
     lifecycle::recover(lab);
+}
+
+/// A load balancer at socket level leaves the endpoint's address in the packet: so does a program that asks it by itself.
+fn tells_of_the_guard(lab: &Lab) {
+    let pod = "shop-client";
+    let guard = |json: &Value, counter: &str| json["guard"][counter].as_u64().expect("a counter");
+    let before = protected(lab, pod);
+    for (field, wanted) in [("guardState", "open"), ("judgedBy", "ranges"), ("unclassified", "drop")] {
+        assert_eq!(before[field], wanted, "{before:#}");
+    }
+    assert_eq!((&before["allowLinkScope"], &before["allowDhcp"]), (&false.into(), &false.into()));
+    lab.declare(RESOLVER_ENDPOINT.iter().flat_map(|a| ["udp", "tcp"].map(|l4| format!("{a}/{l4}/53"))));
+    let question = Question::new("web.shop.svc.cluster.local", 1).bytes();
+    for server in RESOLVER_ENDPOINT.map(|address| SocketAddr::new(address, 53)) {
+        let (asking, limit) = (lab.pod(pod), Duration::from_secs(2));
+        assert!(dns::ask_udp(asking, server, &question, limit).is_some(), "{server} over UDP");
+        assert!(dns::ask_tcp(asking, server, &question, limit).is_some(), "{server} over TCP");
+    }
+    let after = protected(lab, pod);
+    let risen = guard(&after, "dns_uncaptured") - guard(&before, "dns_uncaptured");
+    assert!(risen >= 4, "{risen} packets were counted");
+    assert_eq!(guard(&after, "unclassified"), guard(&before, "unclassified"), "nobody had to be asked");
+    assert_eq!(after["degraded"], serde_json::json!(["dns not captured (socket LB)"]));
+    let table = status(&[&name(lab, pod)]);
+    assert!(table.out.lines().any(|line| line == "dns not captured (socket LB)"), "{}", table.out);
+    // An address that another tenant's objects vouch for is counted as released.
+    lab.curl(pod, "http://ledger.bank/");
+    assert!(protected(lab, pod)["released"].as_u64() > Some(0));
 }
