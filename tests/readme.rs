@@ -17,12 +17,12 @@ fn promises(text: &str) -> BTreeSet<String> {
 }
 
 fn read(path: &Path, found: &mut BTreeSet<String>) {
-    for entry in fs::read_dir(path).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in fs::read_dir(path).expect("a folder") {
+        let path = entry.expect("an entry").path();
         if path.is_dir() {
             read(&path, found);
         } else if path.extension().is_some_and(|ending| ending == "rs") {
-            found.extend(promises(&fs::read_to_string(path).unwrap()));
+            found.extend(promises(&fs::read_to_string(path).expect("a source file")));
         }
     }
 }
