@@ -1,8 +1,9 @@
 //! What the objects say about addresses that are not the project's: who vouches for them, and which of a node's ports lead
 //! back into the project.
 //!
-//! An address is vouched for only by positive evidence: an object of another namespace names it, or it is an external
-//! endpoint of the own project. An address of the project is never vouched for, whoever else names it.
+//! An address is vouched for only by positive evidence: the cluster assigned it to a Pod, Service or load balancer of another
+//! namespace, or it is an external endpoint of the own project. EndpointSlices and externalIPs of other namespaces vouch for
+//! nothing: a tenant writes them. An address of the project is never vouched for, whoever else names it.
 //!
 //! A pod's resolver is usually a Service of another namespace. A load balancer at socket level replaces its address by that
 //! of an endpoint, so that the agent sees no query: [`Outside::resolver_endpoints`] names these endpoints, and the guard
@@ -29,7 +30,7 @@ type AddressPort = (IpAddr, Protocol, u16);
 pub struct Outside {
     /// Addresses of the project.
     own: BTreeSet<IpAddr>,
-    /// Addresses that objects of other namespaces name, and external endpoints of the project.
+    /// Addresses of Pods, Services and load balancers of other namespaces, and external endpoints of the project.
     others: BTreeSet<IpAddr>,
     /// Addresses of nodes: of Node objects, and every Pod's status.hostIPs.
     pub nodes: BTreeSet<IpAddr>,
@@ -64,8 +65,7 @@ impl Outside {
         for (id, service) in &objects.services {
             let ingress = service.ingress_addresses.iter().chain(&service.proxied_addresses);
             if id.namespace != project {
-                let addresses = service.cluster_addresses.iter().chain(&service.external_addresses);
-                outside.others.extend(addresses.chain(ingress));
+                outside.others.extend(service.cluster_addresses.iter().chain(ingress));
                 let endpoints = dns_endpoints(objects, id, service);
                 for address in service.cluster_addresses.iter().filter(|_| !endpoints.is_empty()) {
                     outside.dns.entry(*address).or_default().extend(&endpoints);
@@ -80,8 +80,6 @@ impl Outside {
                     .extend(service.ports.iter().map(|port| (*address, port.protocol, port.number)));
             }
         }
-        let foreign = objects.slices.iter().filter(|(id, _)| id.namespace != project);
-        outside.others.extend(foreign.flat_map(|(_, slice)| &slice.endpoints).flat_map(|e| &e.addresses));
         outside.others.retain(|address| is_unicast(*address));
         outside
     }
