@@ -146,6 +146,11 @@ impl<'a> Supervisor<'a> {
     /// # Errors
     /// It could not be started, or did not become ready.
     pub(super) async fn start(&mut self) -> Result<(), Failure> {
+        // A first bring-up that died left the pod open. It is closed before anything that can take its time: a frozen agent is
+        // waited for.
+        if self.door.found_any() && !self.door.is_open() {
+            self.load(Door::prepare).map_err(Failure::kernel)?;
+        }
         if let Some(channel) = self.runtime.connect().map_err(Failure::kernel)? {
             let identity = self.plan.netns.identity();
             if let Some((agent, adopted)) = Agent::adopt(channel, identity).await.map_err(Failure::kernel)? {
