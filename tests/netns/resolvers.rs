@@ -32,6 +32,7 @@ pub const CASES: &[Case] = &[
         .looks_itself(),
     Case::new("promise_1_late_ends_after_a_service_is_gone_are_not_answered_in_clear", late_ends)
         .agents(Agents::Off)
+        .looks_itself()
         .seconds(90),
 ];
 
@@ -221,4 +222,6 @@ fn late_ends(lab: &Lab) {
         thread::sleep(Duration::from_millis(500));
     }
     lab.assert_sealed();
+    // From here on the agents are stopped, and what the kernels still repeat is in clear.
+    lab.assert_no_leak();
 }
