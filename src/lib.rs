@@ -19,18 +19,18 @@
 //! # Promises
 //! Numbered as in the design; tests name the number they hold.
 //!
-//! 1. No plaintext between two workloads of a project leaves a pod: the guard says what may pass ([`launcher::guard`]), and
+//! 1. No plaintext between two workloads of a project leaves a pod: the guard says what may pass ([`launcher::pod::guard`]), and
 //!    within the cluster's ranges only addresses that something vouches for do ([`proto::outside`],
 //!    [`launcher::directory`]). The project's own addresses are routed into `tenc0` ([`proto::routing`]).
 //! 2. Fail closed: what is missing drops with a reason, never passes ([`mod@proto::drop`]). Only a ready agent opens the guard
-//!    ([`launcher::guard::Door`]).
+//!    ([`launcher::pod::guard::Door`]).
 //! 3. Two gates: a DNS answer waits for its routes, a peer's first packet for the peer's own ([`proto::routing`]).
 //! 4. Authentic: the injection rule of [`proto::inbound`]; the replay window of [`proto::noise`].
 //! 5. Fresh keys, and no packet lost in a rekey ([`proto::noise`]).
 //! 6. Silent to whoever has no valid MAC1 ([`proto::noise`]).
 //! 7. Connections survive their agents ([`proto::journal`] and [`agent::state`] a crash, [`proto::handover`] an upgrade).
 //! 8. DNS is unchanged ([`proto::dns`]).
-//! 9. Tenants are apart: others read, forge and redirect nothing, and reach the pod as before ([`launcher::guard`],
+//! 9. Tenants are apart: others read, forge and redirect nothing, and reach the pod as before ([`launcher::pod::guard`],
 //!    [`proto::inbound`]).
 //! 10. Bounded: tables have stated sizes, and one peer cannot take all of the room ([`proto::nat`], [`proto::noise`]).
 //! 11. Least privilege (`agent::privileges`, [`launcher::privileges`], [`launcher::keys`]).
@@ -38,11 +38,15 @@
 //! 13. Clean: a stop removes what the agent made, and only that ([`agent`], [`launcher`]).
 
 pub mod cli;
+pub mod exit;
+pub mod status;
 pub mod telemetry;
 
 pub mod launcher;
 
 pub mod agent;
+
+pub mod control;
 
 pub mod proto;
 

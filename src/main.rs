@@ -17,9 +17,9 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tencrypt::agent::ExitKind;
-use tencrypt::cli::{self, Cli, Command, Exit};
-use tencrypt::launcher::{self, Failure};
-use tencrypt::{agent, sys, telemetry};
+use tencrypt::cli::{self, Cli, Command};
+use tencrypt::exit::{Exit, Failure};
+use tencrypt::{agent, launcher, sys, telemetry};
 
 /// Descriptors an agent may have.
 const DESCRIPTORS: u64 = 8_192;
@@ -56,14 +56,13 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
     telemetry::start(&filter).map_err(Failure::usage)?;
     match &cli.command {
         Command::Keygen => {
-            let key =
-                launcher::keys::keygen().map_err(|e| Failure::new(Exit::from_code(e.exit_code()), e))?;
+            let key = launcher::keys::keygen()?;
             writeln!(io::stdout(), "{}", key.as_str())
                 .context("cannot print the key")
                 .map_err(Failure::kernel)?;
             Ok(Exit::Good)
         }
-        Command::Status(arguments) => launcher::status::status(arguments),
+        Command::Status(arguments) => cli::status(arguments),
         Command::Launch(arguments) => {
             hide_memory().map_err(Failure::kernel)?;
             sys::fd::keep_to_ourselves();

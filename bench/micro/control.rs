@@ -9,9 +9,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion};
 use rustix::time::{ClockId, clock_gettime};
-use tencrypt::agent::control::{
-    AgentChannel, LauncherChannel, REPORTED_PEERS_MAX, Received, ToAgent, chunks,
-};
+use tencrypt::control::{AgentChannel, LauncherChannel, REPORTED_PEERS_MAX, Received, ToAgent, chunks};
 use tencrypt::proto::directory::Change;
 use tencrypt::proto::journal::Restored;
 use tencrypt::proto::ladder::Mode;

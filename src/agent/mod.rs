@@ -31,7 +31,6 @@ use socket2::SockRef;
 use tracing::{info, warn};
 
 mod applier;
-pub mod control;
 mod dns;
 mod driver;
 mod flows;
@@ -50,8 +49,8 @@ pub mod tun;
 pub mod udp;
 pub mod watch;
 
+use crate::control::{self, AgentChannel, Executable, FromAgent, Init, Inject, Received, ToAgent};
 use applier::{Applier, Facts};
-use control::{AgentChannel, Executable, FromAgent, Init, Inject, Received, ToAgent};
 use dns::Queries;
 use driver::{Driver, End, Kernel, Session};
 use guard::{Asks, Guard, Kind};

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{major, minor};
 use tracing::info;
 
-use super::control::Place;
+use crate::control::Place;
 
 /// Endings of a pod's runtime files; the lock goes last.
 const ENDINGS: [&str; 5] = ["next", "sock", "state", "status", "lock"];

@@ -12,14 +12,14 @@ use std::net::IpAddr;
 
 use tracing::debug;
 
-use super::control::{
-    FlowReport, FlowState, FromAgent, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX,
-    Report, Rung, Totals,
-};
 use super::netlink::Netlink;
 use super::tun;
 use super::udp::TunnelSocket;
 use super::watch::TamperCounts;
+use crate::control::{
+    FlowReport, FlowState, FromAgent, PeerReport, REPORTED_FLOWS_MAX, REPORTED_PEERS_MAX, REPORTED_VIPS_MAX,
+    Report, Rung, Totals,
+};
 use crate::proto::ladder::Standing;
 use crate::proto::nat::Tuple;
 use crate::proto::{Engine, FlowView, Now};

@@ -28,6 +28,7 @@ use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
+use crate::exit::{Exit, ExitCode};
 use crate::proto::directory::Workload;
 use crate::proto::noise::{PeerKeys, PresharedKey, StaticSecret, Suite};
 use crate::sys::memory::SecretPage;
@@ -105,14 +106,12 @@ pub enum KeyError {
     Memory(#[source] io::Error),
 }
 
-impl KeyError {
-    /// 2: usage or configuration; 3: the kernel or a privilege refused.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
+impl ExitCode for KeyError {
+    fn exit(&self) -> Exit {
         match self {
-            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
-            Self::Random(_) | Self::Memory(_) => 3,
-            _ => 2,
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Exit::Kernel,
+            Self::Random(_) | Self::Memory(_) => Exit::Kernel,
+            _ => Exit::Usage,
         }
     }
 }
@@ -500,7 +499,7 @@ mod tests {
                 Ok(_) => assert!(good, "{mode:o}"),
                 Err(error) => {
                     assert!(!good && matches!(error, KeyError::Accessible { .. }), "{mode:o}: {error}");
-                    assert_eq!(error.exit_code(), 2);
+                    assert_eq!(error.exit(), Exit::Usage);
                 }
             }
         }

@@ -24,7 +24,8 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-use super::{Failure, program};
+use super::program;
+use crate::exit::Failure;
 
 /// One capability that a launcher keeps.
 #[derive(Clone, Copy, Debug)]

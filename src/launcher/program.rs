@@ -18,8 +18,8 @@ use std::sync::OnceLock;
 use rustix::fs::{Access, Mode, OFlags, access, open};
 use tracing::warn;
 
-use crate::agent::control::Executable;
 use crate::agent::executable_of;
+use crate::control::Executable;
 
 /// The file that this process runs, also after another one took its name.
 const OWN: &str = "/proc/self/exe";

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use tencrypt::agent::control::FromAgent;
 use tencrypt::agent::netlink::MARK;
-use tencrypt::launcher::guard::{self, Door, Loaded, OrderedStop, Ready, Reason, Skeleton, WouldDrop};
+use tencrypt::control::FromAgent;
+use tencrypt::launcher::pod::guard::{self, Door, Loaded, OrderedStop, Ready, Reason, Skeleton, WouldDrop};
 use tencrypt::proto::ladder::Mode;
 
 use crate::Case;

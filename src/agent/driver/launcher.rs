@@ -9,11 +9,9 @@ use tracing::{debug, info, warn};
 
 use super::sources::Source;
 use super::{Driver, End};
-use crate::agent::control::{
-    self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION,
-};
 use crate::agent::presence::Presence;
 use crate::agent::{handover, report};
+use crate::control::{self, AgentChannel, ChannelError, Executable, FromAgent, Received, ToAgent, VERSION};
 use crate::proto::Now;
 
 /// How long a hand-over waits for DNS answers that are on their way; nearly all come within milliseconds.

@@ -12,9 +12,9 @@ use tracing::debug;
 
 use super::sources::Source;
 use super::{Driver, clocks};
-use crate::agent::control::FromAgent;
 use crate::agent::tun::Tun;
 use crate::agent::udp::TunnelSocket;
+use crate::control::FromAgent;
 use crate::wire::coalesce::MAX_SEGMENTS;
 use crate::wire::vnet::VNET_HEADER_LEN;
 

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
+use crate::exit::{Exit, ExitCode as _};
 use crate::launcher::keys::keygen;
 use crate::proto::noise::Suite;
 use crate::proto::routing::Class;
@@ -276,7 +277,7 @@ fn a_malformed_manifest_stops_the_start_and_is_named() {
     fs::write(dir.path().join("a.yaml"), "{").unwrap();
     fs::write(dir.path().join("c.yaml"), pod("c", "10.0.0.2")).unwrap();
     let Err(error) = Manifests::open(&[dir.path().to_owned()]) else { panic!("started") };
-    assert!(error.to_string().contains("a.yaml") && error.exit_code() == 2, "{error}");
+    assert!(error.to_string().contains("a.yaml") && error.exit() == Exit::Usage, "{error}");
 }
 
 #[tokio::test]
@@ -416,7 +417,7 @@ fn a_missing_directory_is_a_clear_error() {
         let Err(error) = Manifests::open(std::slice::from_ref(&path)) else {
             panic!("{} opened", path.display())
         };
-        assert_eq!(error.exit_code(), 2);
+        assert_eq!(error.exit(), Exit::Usage);
         assert!(error.to_string().contains(path.to_str().unwrap()));
     }
 }

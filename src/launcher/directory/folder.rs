@@ -27,6 +27,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 
 use super::Objects;
 use super::manifest::{self, MANIFEST_MAX, Syntax};
+use crate::exit::{Exit, ExitCode};
 
 /// Files beyond this many are reported and left out: one file per object of a very large project.
 const FILES_MAX: usize = 10_000;
@@ -70,14 +71,12 @@ pub enum SourceError {
     },
 }
 
-impl SourceError {
-    /// 2: usage or configuration; 3: the kernel or a privilege refused.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
+impl ExitCode for SourceError {
+    fn exit(&self) -> Exit {
         match self {
-            Self::Open { source, .. } if source.kind() != io::ErrorKind::PermissionDenied => 2,
-            Self::Incomplete { .. } => 2,
-            Self::Open { .. } | Self::Watch { .. } => 3,
+            Self::Open { source, .. } if source.kind() != io::ErrorKind::PermissionDenied => Exit::Usage,
+            Self::Incomplete { .. } => Exit::Usage,
+            Self::Open { .. } | Self::Watch { .. } => Exit::Kernel,
         }
     }
 }

@@ -2,6 +2,10 @@
 
 use super::manifest::{ManifestError, Syntax, parse};
 use super::*;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crate::proto::directory::{Change, Protocol, ServiceEndpoint, ServicePort, Vip, Workload};
 use crate::proto::noise::{PeerKeys, PresharedKey, PublicKey};
 use crate::proto::routing::Class;
 

@@ -1,537 +1,372 @@
-//! One pod's network namespace: found, checked, entered, looked at.
+//! Everything a launch has to know, gathered before anything is changed.
 //!
-//! 1. [`Target`] is what the operator wrote: a name under `/run/netns`, a path, or `pid:N`
-//! 2. [`PodNetns::open`] opens it and refuses what is no network namespace, and the host's own
-//! 3. [`network::PodNetwork::inspect`] reads the interface, the addresses and free DNS source ports
-//! 4. [`resolv::ResolvConf::read`] reads resolvers and zone, and refuses another project's
-//! 5. [`project_of`] and [`own_addresses`] ask the directory who the pod is
+//! 1. the namespace is opened and looked at
+//! 2. the directory is read; it, or the operator, names the project
+//! 3. resolv.conf and key are read, and compared with the project
+//! 4. own addresses are fixed, their keys derived
+//! 5. later, each new agent is told all of it and the whole directory; what changes comes in generations
 //!
-//! May touch: namespace descriptors, `/proc`, `/run/netns`, `/etc/netns`; changes nothing.
-//! Source: namespaces(7), ioctl_ns(2), pidfd_open(2), ip-netns(8).
+//! May touch: nothing but by reading; the directory is watched from here on.
 
-use std::fmt;
-use std::fs::{File, Metadata};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::panic::resume_unwind;
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::sync::{Mutex, Once, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use nix::sched::{CloneFlags, setns};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tracing::warn;
+use anyhow::{Context, anyhow};
+use tracing::{debug, warn};
 
-use super::directory::Objects;
-use super::runtime::Owner;
-use crate::agent::presence::{has_ended, leads_elsewhere};
-use crate::sys::netns::{self, is_network_namespace};
+use self::guard::{Facts, Skeleton};
+use self::netns::{PodNetns, Target};
+use self::network::PodNetwork;
+use self::resolv::ResolvConf;
+use self::surroundings::Surroundings;
+use super::directory::file::{FileSource, Manifests};
+use super::host::Host;
+use super::keys::ProjectKey;
+use crate::cli;
+use crate::control::{self, Carried, Init, OwnAddress, Place, Seed, ToAgent};
+use crate::exit::Failure;
+use crate::proto::directory::Change;
+use crate::proto::is_unicast;
+use crate::proto::ladder::Mode;
+use crate::proto::ranges::Ranges;
+use crate::proto::routing::Class;
+use crate::sys::memory;
 
+pub mod agent;
+pub mod dns_helper;
+pub mod files;
+pub(in crate::launcher) mod gate;
+pub mod guard;
 pub mod holders;
+pub mod netns;
 pub mod network;
+pub mod project;
 pub mod resolv;
+pub(in crate::launcher) mod supervisor;
 pub mod surroundings;
+pub(in crate::launcher) mod teardown;
 
-/// Where `ip netns` keeps its names.
-const NETNS_DIR: &str = "/run/netns";
-/// How often the holders of a namespace are looked for whose name is gone or whose process has ended: all processes are
-/// looked at.
-const LOOK: Duration = Duration::from_secs(2);
-/// Ancestors looked at when PID 1's namespace cannot be read; deeper process trees do not occur.
-const ANCESTORS_MAX: usize = 64;
-
-/// Why a namespace is not, or no longer, usable.
-#[derive(Debug, thiserror::Error)]
-pub enum PodError {
-    /// `--netns` is no name, path or pid.
-    #[error(
-        "`{text}` names no network namespace: use NAME (as in `ip netns list`), a PATH that contains `/`, or pid:N"
-    )]
-    Target {
-        /// The text given.
-        text: String,
-    },
-    /// The namespace could not be opened.
-    #[error("cannot open the network namespace {target}{}", hint(source))]
-    Open {
-        /// The namespace.
-        target: Target,
-        /// Why.
-        source: io::Error,
-    },
-    /// There is something else at the path.
-    #[error("{target} is not a network namespace")]
-    NotNetns {
-        /// The namespace.
-        target: Target,
-    },
-    /// The namespace is the host's or the launcher's own.
-    #[error("{target} is the network namespace of {whose}: refused, name a pod's own network namespace")]
-    HostNetns {
-        /// The namespace.
-        target: Target,
-        /// PID 1, this process, or one of its ancestors.
-        whose: &'static str,
-    },
-    /// The process ended, or moved to another namespace, while its namespace was opened.
-    #[error("{target} went away while it was opened: start again")]
-    Moved {
-        /// The namespace.
-        target: Target,
-    },
-    /// A thread could not enter the namespace.
-    #[error("cannot enter the network namespace {target}: needs CAP_SYS_ADMIN, run as root")]
-    Enter {
-        /// The namespace.
-        target: Target,
-        /// Why.
-        source: io::Error,
-    },
-    /// The kernel gives namespaces no numbers.
-    #[error("the kernel does not tell namespaces apart (SO_NETNS_COOKIE): needs Linux 5.14")]
-    Cookie(#[source] io::Error),
-    /// A thread could not be started.
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
-    /// No Pod of the directory has the pod's address.
-    #[error(
-        "no Pod of the directory has the address {}: name the project with --project, or add the Pod's manifest",
-        list(addresses)
-    )]
-    NoPod {
-        /// The pod's addresses.
-        addresses: Vec<IpAddr>,
-    },
-    /// Several Pods of the directory have the pod's address.
-    #[error(
-        "several Pods of the directory have the address {}: name the project with --project",
-        list(addresses)
-    )]
-    SeveralPods {
-        /// The pod's addresses.
-        addresses: Vec<IpAddr>,
-    },
+/// Everything that is known before anything is changed.
+pub(in crate::launcher) struct Plan {
+    pub(in crate::launcher) netns: PodNetns,
+    /// A second descriptor of the namespace.
+    pub(in crate::launcher) netns_fd: OwnedFd,
+    pub(in crate::launcher) project: String,
+    pub(in crate::launcher) network: PodNetwork,
+    pub(in crate::launcher) addresses: Vec<IpAddr>,
+    pub(in crate::launcher) resolvers: Vec<IpAddr>,
+    pub(in crate::launcher) skeleton: Skeleton,
+    /// What an agent is told, but for what makes one agent different from the next.
+    pub(in crate::launcher) init: Init,
+    pub(in crate::launcher) source: FileSource,
+    pub(in crate::launcher) host: Host,
+    generation: u64,
+    arguments: cli::Launch,
 }
 
-impl PodError {
-    /// 2: usage or configuration; 3: the kernel or a privilege refused.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
-            Self::Enter { .. } | Self::Thread(_) | Self::Cookie(_) => 3,
-            _ => 2,
+impl Plan {
+    pub(in crate::launcher) fn make(arguments: &cli::Launch) -> Result<Self, Failure> {
+        let target: Target = arguments.netns.parse()?;
+        let netns = PodNetns::open(target)?;
+        let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
+        let network = PodNetwork::inspect(&netns, arguments.port)?;
+        let manifests = Manifests::open(&arguments.directory)?;
+        let project = project(arguments, &manifests, &network.addresses)?;
+        if !manifests.objects().names_project(&project) {
+            return Err(Failure::usage(anyhow!(
+                "the directory {} names nothing of the project {project}: nothing would be protected",
+                arguments
+                    .directory
+                    .iter()
+                    .map(|dir| dir.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            )));
         }
-    }
-}
-
-fn hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => ": it does not exist",
-        io::ErrorKind::PermissionDenied => ": needs CAP_SYS_PTRACE or CAP_DAC_READ_SEARCH, run as root",
-        _ => "",
-    }
-}
-
-fn list(addresses: &[IpAddr]) -> String {
-    addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" or ")
-}
-
-/// What `--netns` names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// A name under `/run/netns`.
-    Name(String),
-    /// A path.
-    Path(PathBuf),
-    /// The namespace of a process.
-    Pid(Pid),
-}
-
-impl FromStr for Target {
-    type Err = PodError;
-
-    fn from_str(text: &str) -> Result<Self, PodError> {
-        let refused = || PodError::Target { text: text.to_owned() };
-        if let Some(pid) = text.strip_prefix("pid:") {
-            let pid = pid.parse().ok().filter(|pid| *pid > 0).and_then(Pid::from_raw);
-            return pid.map(Self::Pid).ok_or_else(refused);
+        let addresses = project::own_addresses(manifests.objects(), &project, &network.addresses);
+        if addresses.is_empty() {
+            return Err(Failure::usage(anyhow!(
+                "none of the addresses of the pod's device {} is one of its Pod in the directory: \
+                 add its Pod's manifest, or check --project",
+                network.interface
+            )));
         }
-        if text.contains('\0') {
-            return Err(refused());
-        }
-        if !text.contains('/') {
-            let name = !matches!(text, "" | "." | "..");
-            return name.then(|| Self::Name(text.to_owned())).ok_or_else(refused);
-        }
-        // A path into the folder of names is that name, so that its resolv.conf is found.
-        let path = Path::new(text);
-        let parent =
-            path.parent().filter(|p| [NETNS_DIR, "/var/run/netns"].iter().any(|d| *p == Path::new(d)));
-        match (parent, path.file_name().and_then(|name| name.to_str())) {
-            (Some(_), Some(name)) => Ok(Self::Name(name.to_owned())),
-            _ => Ok(Self::Path(path.to_owned())),
-        }
-    }
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Name(name) => f.write_str(name),
-            Self::Path(path) => path.display().fmt(f),
-            Self::Pid(pid) => write!(f, "pid:{}", pid.as_raw_nonzero()),
-        }
-    }
-}
-
-impl Target {
-    /// The file that is, or leads to, the namespace.
-    #[must_use]
-    pub fn path(&self) -> PathBuf {
-        match self {
-            Self::Name(name) => Path::new(NETNS_DIR).join(name),
-            Self::Path(path) => path.clone(),
-            Self::Pid(pid) => PathBuf::from(format!("/proc/{}/ns/net", pid.as_raw_nonzero())),
-        }
-    }
-}
-
-/// What tells one namespace from another while either lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-impl Identity {
-    fn of(metadata: &Metadata) -> Self {
-        Self { device: metadata.dev(), inode: metadata.ino() }
-    }
-
-    fn at(path: &Path) -> io::Result<Self> {
-        std::fs::metadata(path).map(|metadata| Self::of(&metadata))
-    }
-}
-
-/// An open network namespace that is neither the host's nor our own.
-#[derive(Debug)]
-pub struct PodNetns {
-    target: Target,
-    fd: File,
-    identity: Identity,
-    /// For `pid:N`: readable once the process has ended.
-    pidfd: Option<OwnedFd>,
-    /// When its holders were looked for last.
-    looked: Mutex<Option<Instant>>,
-}
-
-impl AsFd for PodNetns {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl PodNetns {
-    /// Opens and checks a namespace.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be opened, is no network namespace, or is the host's or our own.
-    pub fn open(target: Target) -> Result<Self, PodError> {
-        let failed = |source| PodError::Open { target: target.clone(), source };
-        let pidfd = match &target {
-            Target::Pid(pid) => {
-                Some(pidfd_open(*pid, PidfdFlags::empty()).map_err(|errno| failed(process_error(errno)))?)
-            }
-            Target::Name(_) | Target::Path(_) => None,
+        let (resolv, key) = read_files(arguments, &netns, &project)?;
+        let resolvers = capturable(&resolv, &addresses);
+        let init = init(arguments, &netns, &network, &addresses, resolv.zone, &resolvers, &key);
+        let surroundings = Surroundings::inspect(&netns)?;
+        let skeleton = Skeleton {
+            resolvers: resolvers.clone(),
+            dns_ports: network.dns_ports.range.clone(),
+            ranges: arguments.ranges(),
+            exempt: arguments.exempt.clone(),
+            allow_link_scope: arguments.allow_link_scope,
+            allow_dhcp: arguments.allow_dhcp,
+            ..Skeleton::closed(arguments.mode.into(), arguments.port, surroundings.names())
         };
-        // O_NONBLOCK: the path may lead to a FIFO.
-        let fd = File::options()
-            .read(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(target.path())
-            .map_err(failed)?;
-        if !is_network_namespace(&fd).map_err(|errno| failed(errno.into()))? {
-            return Err(PodError::NotNetns { target });
-        }
-        let identity = Identity::of(&fd.metadata().map_err(failed)?);
-        if let Some(whose) = host(identity) {
-            return Err(PodError::HostNetns { target, whose });
-        }
-        // Of a process: the number may have been given to another one between the two openings.
-        if pidfd.as_ref().is_some_and(has_ended)
-            || leads_elsewhere(&target.path(), (identity.device, identity.inode))
-        {
-            return Err(PodError::Moved { target });
-        }
-        Ok(Self { target, fd, identity, pidfd, looked: Mutex::new(None) })
-    }
-
-    /// As the operator named it.
-    #[must_use]
-    pub fn target(&self) -> &Target {
-        &self.target
-    }
-
-    /// A word for messages and status.
-    #[must_use]
-    pub fn name(&self) -> String {
-        self.target.to_string()
-    }
-
-    /// Device and inode of the namespace.
-    #[must_use]
-    pub fn identity(&self) -> (u64, u64) {
-        (self.identity.device, self.identity.inode)
-    }
-
-    /// The path that leads to the namespace as long as it is there; none for the namespace of a process, which
-    /// [`Self::process`] tells of.
-    #[must_use]
-    pub fn path(&self) -> Option<PathBuf> {
-        self.pidfd.is_none().then(|| self.target.path())
-    }
-
-    /// The pidfd of the process whose namespace it is.
-    #[must_use]
-    pub fn process(&self) -> Option<BorrowedFd<'_>> {
-        self.pidfd.as_ref().map(AsFd::as_fd)
-    }
-
-    /// What the runtime files of the namespace say about it.
-    #[must_use]
-    pub fn owner(&self) -> Owner {
-        Owner { identity: self.identity(), path: self.target.path() }
-    }
-
-    /// The kernel's number of the namespace, which is not used again before the next boot.
-    ///
-    /// # Errors
-    ///
-    /// If the namespace cannot be entered, or the kernel is older than 5.14.
-    pub fn cookie(&self) -> Result<u64, PodError> {
-        self.run(|| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(netns::cookie))?
-            .map_err(PodError::Cookie)
-    }
-
-    /// Whether neither a name nor a process leads to the namespace any more. While the process of `pid:N` lives it may come
-    /// back from another namespace, and a namespace about which nothing can be said is not gone. Our own descriptor keeps it
-    /// alive, so nothing inside would tell.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        let is_there = match &self.pidfd {
-            Some(process) => !has_ended(process),
-            None => !leads_elsewhere(&self.target.path(), self.identity()),
+        let host = Host::open().map_err(Failure::kernel)?;
+        let source = manifests
+            .follow(key, addresses.clone())
+            .context("cannot watch the directory")
+            .map_err(Failure::kernel)?;
+        let mut plan = Self {
+            netns,
+            netns_fd,
+            project,
+            network,
+            addresses,
+            resolvers,
+            skeleton,
+            init,
+            source,
+            host,
+            generation: 0,
+            arguments: arguments.clone(),
         };
-        if is_there || !self.may_look() {
-            return false;
+        plan.look_around_with(&surroundings);
+        plan.warn_of_gaps();
+        Ok(plan)
+    }
+
+    /// Says what passes in clear because of how the launch was configured.
+    fn warn_of_gaps(&self) {
+        if self.skeleton.mode != Mode::Strict {
+            return;
         }
-        match holders::is_held(self.identity()) {
-            Ok(held) => !held,
+        let arguments = &self.arguments;
+        if !self.drops_unclassified() {
+            warn!("--unclassified pass: addresses that nothing vouches for are spoken to in clear");
+        } else if self.skeleton.ranges.is_empty() {
+            warn!(
+                "without --pod-cidr and --service-cidr an address of the project passes in clear until the directory or DNS \
+                 names it, and ten minutes after the directory forgot it"
+            );
+        }
+        if arguments.allow_link_scope {
+            warn!("--allow-link-scope: link-local addresses, multicast and broadcast are spoken to in clear");
+        }
+    }
+
+    /// Looks at the pod's devices and at what is outside of the project; whether the guard has to be loaded again.
+    pub(in crate::launcher) fn look_around(&mut self) -> bool {
+        match Surroundings::inspect(&self.netns) {
+            Ok(surroundings) => self.look_around_with(&surroundings),
             Err(error) => {
-                static SAID: Once = Once::new();
-                SAID.call_once(|| {
-                    warn!(%error, "cannot tell whether the namespace is gone: it stays protected");
-                });
+                warn!(error = agent::describe(&error), "the pod's devices cannot be read");
                 false
             }
         }
     }
 
-    /// Whether the last look was long enough ago; the next one is then taken to be made.
-    fn may_look(&self) -> bool {
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        let may = looked.is_none_or(|at| at.elapsed() >= LOOK);
-        if may {
-            *looked = Some(Instant::now());
-        }
-        may
-    }
-
-    /// Runs `f` on a thread of its own inside the namespace. The calling thread never enters it.
-    ///
-    /// # Errors
-    ///
-    /// If the thread cannot be started or cannot enter.
-    ///
-    /// # Panics
-    ///
-    /// If `f` does.
-    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, PodError> {
-        let inside = || {
-            setns(&self.fd, CloneFlags::CLONE_NEWNET)
-                .map_err(|errno| PodError::Enter { target: self.target.clone(), source: errno.into() })?;
-            Ok(f())
+    fn look_around_with(&mut self, surroundings: &Surroundings) -> bool {
+        let outside = self.source.outside();
+        let own = &self.addresses;
+        let of_host = self.host.addresses().iter().filter(|address| !own.contains(address));
+        let facts = Facts {
+            nodes: outside
+                .nodes
+                .iter()
+                .chain(of_host)
+                .copied()
+                .filter(|address| is_unicast(*address))
+                .collect(),
+            node_ranges: self.node_ranges(),
+            gateways: self.host.gateways(&surroundings.devices),
+            node_ports: outside.node_ports.clone(),
+            externals: outside.externals.clone(),
+            broadcasts: surroundings.broadcasts.clone(),
+            resolver_endpoints: outside.resolver_endpoints(&self.resolvers),
         };
-        thread::scope(|scope| {
-            let thread = thread::Builder::new()
-                .name("netns".to_owned())
-                .spawn_scoped(scope, inside)
-                .map_err(PodError::Thread)?;
-            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-        })
+        let before = (
+            std::mem::replace(&mut self.skeleton.devices, surroundings.names()),
+            std::mem::replace(&mut self.skeleton.facts, facts),
+        );
+        before.0 != self.skeleton.devices || before.1 != self.skeleton.facts
     }
-}
 
-/// A process that is not there is a namespace that does not exist.
-fn process_error(errno: rustix::io::Errno) -> io::Error {
-    if errno == rustix::io::Errno::SRCH { io::ErrorKind::NotFound.into() } else { errno.into() }
-}
-
-/// Whose namespace `identity` is, if it must not be a pod's.
-fn host(identity: Identity) -> Option<&'static str> {
-    let is =
-        |process: &str| Identity::at(Path::new(&format!("/proc/{process}/ns/net"))).map(|i| i == identity);
-    // The thread's own: a test may have unshared one of several.
-    if is("self").unwrap_or(false) || is("thread-self").unwrap_or(false) {
-        return Some("this process");
+    /// Whether the operator wants unknown addresses within the ranges to be dropped.
+    pub(in crate::launcher) fn drops_unclassified(&self) -> bool {
+        self.arguments.unclassified == cli::Unclassified::Drop
     }
-    match is("1") {
-        Ok(same) => same.then_some("PID 1, the host"),
-        Err(_) => {
-            // Once: what is not there yet is looked for again and again.
-            static SAID: Once = Once::new();
-            SAID.call_once(|| {
-                warn!(
-                    "host_netns_unverified: the network namespace of PID 1 cannot be read, ancestors are compared"
-                );
-            });
-            ancestors().any(|pid| is(&pid).unwrap_or(false)).then_some("an ancestor of this process")
+
+    fn node_ranges(&self) -> Ranges {
+        self.arguments.node_cidr.iter().copied().collect()
+    }
+
+    /// Whose an address is that the agent asks about.
+    pub(in crate::launcher) fn class(&self, address: IpAddr) -> Class {
+        match self.source.outside().class(address) {
+            Class::Unknown if self.is_declared(address) => Class::Outside,
+            class => class,
+        }
+    }
+
+    fn is_declared(&self, address: IpAddr) -> bool {
+        let exempt = |net: &guard::Exemption| net.port.is_none() && net.net.contains(&address);
+        self.host.addresses().contains(&address)
+            || self.node_ranges().contains(address)
+            || self.arguments.exempt.iter().any(exempt)
+    }
+
+    /// The directory's newest state.
+    pub(in crate::launcher) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Reads key file and resolv.conf again; the next agent is told what they say.
+    pub(in crate::launcher) fn renew(&mut self) -> Result<(), Failure> {
+        let (resolv, key) = read_files(&self.arguments, &self.netns, &self.project)?;
+        self.resolvers = capturable(&resolv, &self.addresses);
+        self.skeleton.resolvers.clone_from(&self.resolvers);
+        self.init = init(
+            &self.arguments,
+            &self.netns,
+            &self.network,
+            &self.addresses,
+            resolv.zone,
+            &self.resolvers,
+            &key,
+        );
+        self.source.set_key(key);
+        Ok(())
+    }
+
+    /// What a new agent is told: which descriptors come along, whether it waits for its predecessor, and randomness of its
+    /// own.
+    pub(in crate::launcher) fn init_for(
+        &self,
+        carried: Vec<Carried>,
+        parked: bool,
+        runtime: &Path,
+    ) -> anyhow::Result<Init> {
+        let mut init = self.init.clone();
+        aws_lc_rs::rand::fill(&mut init.seed.0).map_err(|_| anyhow!("the system gives no random numbers"))?;
+        init.carried = carried;
+        init.parked = parked;
+        init.skeleton = self.skeleton.digest();
+        init.place.runtime = runtime.to_owned();
+        Ok(init)
+    }
+
+    /// The messages that bring changes as the next generation.
+    pub(in crate::launcher) fn commit(&mut self, changes: Vec<Change>, whole: bool) -> VecDeque<ToAgent> {
+        self.generation += 1;
+        debug!(generation = self.generation, changes = changes.len(), whole, "directory");
+        let mut messages = VecDeque::from(control::chunks(changes));
+        messages.push_back(ToAgent::Commit { generation: self.generation, whole });
+        messages
+    }
+
+    /// The messages that bring the whole directory to an agent that may know another one, or none.
+    pub(in crate::launcher) fn whole(&mut self) -> VecDeque<ToAgent> {
+        let changes = self.source.whole();
+        self.commit(changes, true)
+    }
+
+    /// Says on standard output that the pod is protected. A reader that is gone changes nothing about that.
+    pub(in crate::launcher) fn announce(&self) {
+        let addresses = self.addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
+        let line = format!(
+            "protected {} project={} addresses={addresses} interface={} port={}\n",
+            self.netns.name(),
+            self.project,
+            self.network.interface,
+            self.init.port
+        );
+        let mut stdout = io::stdout();
+        if let Err(error) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
+            warn!(%error, "cannot print that the pod is protected");
         }
     }
 }
 
-/// The parent of this process, its parent, and so on, as far as they can be read.
-fn ancestors() -> impl Iterator<Item = String> {
-    let parent = |process: &str| {
-        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-        let pid = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned();
-        (pid != "0").then_some(pid)
+fn read_files(
+    arguments: &cli::Launch,
+    netns: &PodNetns,
+    project: &str,
+) -> Result<(ResolvConf, ProjectKey), Failure> {
+    let resolv = ResolvConf::read(netns, arguments.resolv_conf.as_deref(), project)?;
+    let key = ProjectKey::read(&arguments.project_key_file, project, arguments.cipher.into())?;
+    Ok((resolv, key))
+}
+
+fn init(
+    arguments: &cli::Launch,
+    netns: &PodNetns,
+    network: &PodNetwork,
+    addresses: &[IpAddr],
+    zone: Option<String>,
+    resolvers: &[IpAddr],
+    key: &ProjectKey,
+) -> Init {
+    let own = |address| OwnAddress {
+        address,
+        secret: key.static_secret(address),
+        accept: key.accepted_secret(address),
     };
-    std::iter::successors(parent("self"), move |pid| parent(pid)).take(ANCESTORS_MAX)
-}
-
-/// The project of the one Pod of the directory that has one of the pod's `addresses`.
-///
-/// # Errors
-///
-/// If none has, or several have.
-pub fn project_of(objects: &Objects, addresses: &[IpAddr]) -> Result<String, PodError> {
-    let mut holders = objects.workloads_at(addresses);
-    match (holders.next(), holders.next()) {
-        (Some((id, _)), None) => Ok(id.namespace.clone()),
-        (None, _) => Err(PodError::NoPod { addresses: addresses.to_vec() }),
-        (Some(_), Some(_)) => Err(PodError::SeveralPods { addresses: addresses.to_vec() }),
+    let addresses: Vec<_> = addresses.iter().copied().map(own).collect();
+    // They stay where they are as long as the plan; what an agent is told is a copy, erased when it was sent.
+    for own in &addresses {
+        memory::lock_in_place(&own.secret.0);
+        own.accept.iter().for_each(|secret| memory::lock_in_place(&secret.0));
+    }
+    Init {
+        carried: Vec::new(),
+        parked: false,
+        place: Place { path: netns.path(), identity: netns.identity(), runtime: PathBuf::new() },
+        addresses,
+        port: arguments.port,
+        link_mtu: network.mtu,
+        zone,
+        ranges: arguments.ranges(),
+        resolvers: resolvers.to_vec(),
+        dns_ports: (*network.dns_ports.range.start(), *network.dns_ports.range.end()),
+        hold_dns_ports: network.dns_ports.keep_bound,
+        inject: arguments.inject.into(),
+        mode: arguments.mode.into(),
+        skeleton: 0,
+        suite: arguments.cipher.into(),
+        spin_us: arguments.spin,
+        seed: Seed([0; 32]),
+        rekey_after_s: arguments.rekey_after,
     }
 }
 
-/// The workload's own addresses, one per family at most: those of its Pod in the directory that the interface has;
-/// without a Pod, the interface's first ones. Fixed from here on.
-#[must_use]
-pub fn own_addresses(objects: &Objects, project: &str, interface: &[IpAddr]) -> Vec<IpAddr> {
-    let pod = objects.workloads_at(interface).find(|(id, _)| id.namespace == project);
-    let candidates = pod.map_or(interface, |(_, pod)| &pod.addresses);
-    let first =
-        |ipv4: bool| candidates.iter().find(|a| a.is_ipv4() == ipv4 && interface.contains(a)).copied();
-    [first(true), first(false)].into_iter().flatten().collect()
+/// The operator's project, or that of the one Pod with the pod's address. A directory that says otherwise is believed:
+/// both are root's words, and a key of the wrong project would leave the pod's traffic in clear.
+fn project(arguments: &cli::Launch, manifests: &Manifests, addresses: &[IpAddr]) -> Result<String, Failure> {
+    let objects = manifests.objects();
+    let Some(project) = &arguments.project else {
+        return Ok(project::project_of(objects, addresses)?);
+    };
+    let project = project.to_ascii_lowercase();
+    let holders: Vec<_> = objects.workloads_at(addresses).map(|(id, _)| id).collect();
+    match holders.first() {
+        Some(other) if holders.iter().all(|id| id.namespace != project) => Err(Failure::usage(anyhow!(
+            "project_mismatch: the directory gives the pod's address to {}/{}, not to the project {project}",
+            other.namespace,
+            other.name
+        ))),
+        _ => Ok(project),
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::launcher::directory::{Id, Pod};
-
-    fn target(text: &str) -> Option<Target> {
-        text.parse().ok()
+/// The resolvers whose traffic a route can capture: of a family the pod has, and not on loopback.
+fn capturable(resolv: &ResolvConf, own: &[IpAddr]) -> Vec<IpAddr> {
+    if !resolv.loopback.is_empty() {
+        warn!(
+            "a resolver on loopback cannot be captured: its names are protected as far as the directory knows them"
+        );
     }
-
-    fn pod(namespace: &str, name: &str, addresses: &[&str]) -> (Id, Pod) {
-        let id = Id { namespace: namespace.to_owned(), name: name.to_owned() };
-        let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
-        (id, Pod { live: true, addresses, ..Pod::default() })
+    if resolv.ignored > 0 {
+        warn!(count = resolv.ignored, "resolvers that are left out: not an address, link-local, or too many");
     }
-
-    fn ips(texts: &[&str]) -> Vec<IpAddr> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
+    if resolv.zone.is_none() {
+        warn!("the search list names no zone <project>.svc.<domain>: nothing is learned from DNS");
     }
-
-    #[test]
-    fn a_target_is_a_name_a_path_or_a_pid() {
-        assert_eq!(target("web"), Some(Target::Name("web".into())));
-        assert_eq!(target("/run/netns/web"), Some(Target::Name("web".into())));
-        assert_eq!(target("/var/run/netns/cni-1"), Some(Target::Name("cni-1".into())));
-        assert_eq!(target("/proc/7/ns/net"), Some(Target::Path("/proc/7/ns/net".into())));
-        assert_eq!(target("./net"), Some(Target::Path("./net".into())));
-        assert_eq!(target("pid:7"), Some(Target::Pid(Pid::from_raw(7).unwrap())));
-        for bad in ["", ".", "..", "pid:", "pid:0", "pid:-1", "pid:x", "pid:99999999999", "a\0b"] {
-            assert_eq!(target(bad), None, "{bad:?}");
-        }
-        for text in ["web", "/proc/7/ns/net", "pid:7"] {
-            assert_eq!(target(text).unwrap().to_string(), text);
-        }
-    }
-
-    #[test]
-    fn our_own_namespace_is_refused() {
-        for text in ["/proc/self/ns/net".to_owned(), format!("pid:{}", std::process::id())] {
-            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
-            assert!(matches!(error, PodError::HostNetns { .. }), "{error}");
-            assert_eq!(error.exit_code(), 2);
-        }
-    }
-
-    #[test]
-    fn what_is_no_network_namespace_is_refused() {
-        for text in ["/proc/self/ns/uts", "/proc/self/status", "/dev/null"] {
-            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
-            assert!(matches!(error, PodError::NotNetns { .. }), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_does_not_exist_is_said_to() {
-        for text in ["no-such-namespace", "/nowhere/net", "pid:2147483647"] {
-            let error = PodNetns::open(text.parse().unwrap()).unwrap_err();
-            assert!(error.to_string().contains("does not exist"), "{error}");
-            assert_eq!(error.exit_code(), 2);
-        }
-    }
-
-    #[test]
-    fn ancestors_end_at_the_first_process() {
-        let pids: Vec<String> = ancestors().collect();
-        assert_eq!(pids.first(), Some(&std::os::unix::process::parent_id().to_string()));
-        assert!(pids.len() < ANCESTORS_MAX);
-    }
-
-    #[test]
-    fn the_project_is_that_of_the_one_pod_with_the_address() {
-        let mut objects = Objects::default();
-        objects.pods.extend([pod("shop", "a", &["10.0.0.1", "fd00::1"]), pod("bank", "b", &["10.0.0.2"])]);
-        assert_eq!(project_of(&objects, &ips(&["10.0.0.1", "fd00::1"])).unwrap(), "shop");
-        assert_eq!(project_of(&objects, &ips(&["10.0.0.2"])).unwrap(), "bank");
-        for (addresses, expected) in
-            [(["10.0.0.9", "::9"], "no Pod"), (["10.0.0.1", "10.0.0.2"], "several Pods")]
-        {
-            let error = project_of(&objects, &ips(&addresses)).unwrap_err();
-            assert!(error.to_string().starts_with(expected), "{error}");
-            assert_eq!(error.exit_code(), 2);
-        }
-    }
-
-    #[test]
-    fn own_addresses_are_those_that_directory_and_interface_share() {
-        let mut objects = Objects::default();
-        objects.pods.extend([pod("shop", "a", &["10.0.0.2", "fd00::1"]), pod("bank", "b", &["10.0.0.3"])]);
-        let own = |interface: &[&str]| own_addresses(&objects, "shop", &ips(interface));
-        assert_eq!(own(&["10.0.0.1", "10.0.0.2", "fd00::1"]), ips(&["10.0.0.2", "fd00::1"]));
-        assert_eq!(own(&["10.0.0.2", "fd00::9"]), ips(&["10.0.0.2"]));
-        assert_eq!(own(&["10.0.0.3", "10.0.0.4", "fd00::9"]), ips(&["10.0.0.3", "fd00::9"]));
-        assert_eq!(own(&["fd00::1"]), ips(&["fd00::1"]));
-    }
+    let reachable = |resolver: &&IpAddr| own.iter().any(|own| own.is_ipv4() == resolver.is_ipv4());
+    resolv.resolvers.iter().filter(reachable).copied().collect()
 }

@@ -17,9 +17,10 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::{PodError, PodNetns};
+use super::netns::{PodError, PodNetns};
 use crate::agent::netlink::{self, Netlink};
 use crate::agent::tun;
+use crate::exit::{Exit, ExitCode};
 use crate::proto::is_unicast;
 
 /// Fewer ports than this are too few to hide a query in.
@@ -65,14 +66,12 @@ pub enum NetworkError {
     },
 }
 
-impl NetworkError {
-    /// 2: usage or configuration; 3: the kernel or a privilege refused.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
+impl ExitCode for NetworkError {
+    fn exit(&self) -> Exit {
         match self {
-            Self::Netns(error) => error.exit_code(),
-            Self::Netlink(_) | Self::Sysctl { .. } => 3,
-            Self::NoInterface | Self::SeveralInterfaces { .. } | Self::NoAddress { .. } => 2,
+            Self::Netns(error) => error.exit(),
+            Self::Netlink(_) | Self::Sysctl { .. } => Exit::Kernel,
+            Self::NoInterface | Self::SeveralInterfaces { .. } | Self::NoAddress { .. } => Exit::Usage,
         }
     }
 }

@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use hickory_proto::rr::Name;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
 
-use super::{PodNetns, Target};
+use super::netns::{PodNetns, Target};
+use crate::exit::{Exit, ExitCode};
 
 /// A resolv.conf is a few lines; glibc itself reads no more than 256 characters of search list in old versions.
 const RESOLV_CONF_MAX: u64 = 64 * 1024;
@@ -73,13 +74,11 @@ pub enum ResolvError {
     },
 }
 
-impl ResolvError {
-    /// 2: usage or configuration; 3: the kernel or a privilege refused.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
+impl ExitCode for ResolvError {
+    fn exit(&self) -> Exit {
         match self {
-            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 3,
-            _ => 2,
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Exit::Kernel,
+            _ => Exit::Usage,
         }
     }
 }
@@ -274,7 +273,7 @@ mod tests {
         for search in ["bank.svc.cluster.local", "example.com bank.svc.x", "bank.svc.x shop.svc.x"] {
             let error = conf(&format!("nameserver 10.0.0.1\nsearch {search}\n")).unwrap_err();
             assert!(error.to_string().starts_with("project_mismatch"), "{error}");
-            assert_eq!(error.exit_code(), 2);
+            assert_eq!(error.exit(), Exit::Usage);
         }
         assert!(
             conf("nameserver 10.0.0.1\nsearch shop.svc.x bank.svc.x").is_ok(),

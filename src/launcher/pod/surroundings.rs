@@ -10,11 +10,11 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use tracing::warn;
 
-use super::PodNetns;
+use super::netns::PodNetns;
 use super::network::NetworkError;
 use crate::agent::netlink::{LinkAddress, Netlink};
 use crate::agent::tun;
-use crate::launcher::guard::DeviceName;
+use crate::launcher::pod::guard::DeviceName;
 
 /// Most devices whose egress is guarded.
 const DEVICES_MAX: usize = 64;

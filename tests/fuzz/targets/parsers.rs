@@ -2,7 +2,7 @@
 
 use hickory_proto::rr::Name;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
-use tencrypt::agent::control::{Channel, FromAgent, MESSAGE_MAX, Message, Received, ToAgent};
+use tencrypt::control::{Channel, FromAgent, MESSAGE_MAX, Message, Received, ToAgent};
 use tencrypt::wire::packet::Packet;
 use tencrypt::wire::{dns, icmp};
 

@@ -1,8 +1,8 @@
 //! This node, as far as a pod's guard has to know it: the addresses of the launcher's own network namespace.
 //!
-//! 1. [`Node::open`] reads all addresses, and hears of changes
-//! 2. [`Node::next`] waits until they are others
-//! 3. [`Node::gateways`] finds the link-local addresses that the pod sees of this node: those of the other end of its link
+//! 1. [`Host::open`] reads all addresses, and hears of changes
+//! 2. [`Host::next`] waits until they are others
+//! 3. [`Host::gateways`] finds the link-local addresses that the pod sees of this node: those of the other end of its link
 //!    and of the bridge that this end is a port of. They are never learned from what somebody announces on the link
 //!
 //! May touch: two netlink sockets. Source: rtnetlink(7).
@@ -19,7 +19,7 @@ use netlink_sys::{Socket, SocketAddr};
 use rustix::net::RecvFlags;
 use tokio::io::unix::AsyncFd;
 
-use super::guard::DeviceName;
+use super::pod::guard::DeviceName;
 use super::pod::surroundings::Device;
 use crate::agent::netlink::{self, LinkAddress, Netlink};
 use crate::proto::is_unicast;
@@ -30,7 +30,7 @@ const GROUPS: [u32; 3] = [1, 5, 9];
 
 /// Why the node's addresses are not known.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NodeError {
+pub(super) enum HostError {
     /// The kernel does not tell.
     #[error("cannot read the addresses of this node")]
     Read(#[from] netlink::Error),
@@ -39,16 +39,16 @@ pub(super) enum NodeError {
     Watch(#[source] io::Error),
 }
 
-/// The addresses of this node.
+/// The addresses of this host.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(super) struct Host {
     events: AsyncFd<OwnedFd>,
     addresses: BTreeSet<IpAddr>,
     links: Vec<HostLink>,
     all: Vec<LinkAddress>,
 }
 
-/// A device of this node.
+/// A device of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct HostLink {
     index: u32,
@@ -58,12 +58,12 @@ struct HostLink {
     bridge: Option<u32>,
 }
 
-impl Node {
+impl Host {
     /// Reads the addresses of the calling thread's network namespace. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// See [`NodeError`].
-    pub(super) fn open() -> Result<Self, NodeError> {
+    /// See [`HostError`].
+    pub(super) fn open() -> Result<Self, HostError> {
         let watch = || -> io::Result<AsyncFd<OwnedFd>> {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
             socket.bind(&SocketAddr::new(0, 0))?;
@@ -74,13 +74,13 @@ impl Node {
             // netlink-sys has no way to give its descriptor away.
             async_fd::readable(socket.as_fd().try_clone_to_owned()?)
         };
-        let events = watch().map_err(NodeError::Watch)?;
-        let mut node = Self { events, addresses: BTreeSet::new(), links: Vec::new(), all: Vec::new() };
-        node.read()?;
-        Ok(node)
+        let events = watch().map_err(HostError::Watch)?;
+        let mut host = Self { events, addresses: BTreeSet::new(), links: Vec::new(), all: Vec::new() };
+        host.read()?;
+        Ok(host)
     }
 
-    /// Global addresses of this node.
+    /// Global addresses of this host.
     #[must_use]
     pub(super) fn addresses(&self) -> &BTreeSet<IpAddr> {
         &self.addresses
@@ -89,13 +89,13 @@ impl Node {
     /// Waits until the addresses have changed.
     ///
     /// # Errors
-    /// See [`NodeError`]; what was known stays.
+    /// See [`HostError`]; what was known stays.
     ///
     /// # Cancel safety
     /// A call that is dropped before it returns loses nothing.
-    pub(super) async fn next(&mut self) -> Result<(), NodeError> {
+    pub(super) async fn next(&mut self) -> Result<(), HostError> {
         loop {
-            let mut ready = self.events.readable().await.map_err(NodeError::Watch)?;
+            let mut ready = self.events.readable().await.map_err(HostError::Watch)?;
             drain(ready.get_inner());
             ready.clear_ready();
             let before = (self.addresses.clone(), self.links.clone(), self.all.clone());
@@ -106,7 +106,7 @@ impl Node {
         }
     }
 
-    fn read(&mut self) -> Result<(), NodeError> {
+    fn read(&mut self) -> Result<(), HostError> {
         let mut netlink = Netlink::open()?;
         let links = netlink.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()), "links")?;
         self.links = links.into_iter().filter_map(read_link).collect();
@@ -165,16 +165,16 @@ mod tests {
 
     #[tokio::test]
     async fn the_other_end_of_a_link_and_its_bridge_give_the_gateways_and_others_do_not() {
-        let mut node = Node::open().unwrap();
+        let mut host = Host::open().unwrap();
         let link = |index, peer, bridge| HostLink { index, peer, bridge };
-        node.links = vec![link(7, Some(2), Some(9)), link(8, Some(3), None), link(9, None, None)];
+        host.links = vec![link(7, Some(2), Some(9)), link(8, Some(3), None), link(9, None, None)];
         let address =
             |index, text: &str| LinkAddress { index, address: text.parse().unwrap(), prefix_len: 64 };
-        node.all =
+        host.all =
             vec![address(7, "fe80::7"), address(8, "fe80::8"), address(9, "fe80::9"), address(9, "fd00::9")];
         let device = |index, peer| Device { index, name: "eth0".try_into().unwrap(), peer };
         let found = |devices: &[Device]| -> Vec<String> {
-            node.gateways(devices).into_iter().map(|(_, address)| address.to_string()).collect()
+            host.gateways(devices).into_iter().map(|(_, address)| address.to_string()).collect()
         };
         assert_eq!(found(&[device(2, Some(7))]), ["fe80::7", "fe80::9"]);
         assert!(found(&[device(4, Some(7))]).is_empty(), "an index of another namespace's device");

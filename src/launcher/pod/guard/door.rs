@@ -17,8 +17,8 @@
 use std::os::fd::OwnedFd;
 
 use super::{Error, Found, Loaded, SHIELD, Skeleton, State, find, load, remove_tables};
-use crate::agent::control::FromAgent;
 use crate::agent::guard::TABLE;
+use crate::control::FromAgent;
 use crate::proto::ladder::Mode;
 
 /// An agent has applied what this launcher told it: the pod may be opened.

@@ -29,12 +29,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::program::Program;
-use super::rate::Rate;
-use crate::agent::control::{
+use crate::control::{
     ChannelError, Executable, FromAgent, Init, LauncherChannel, Received, ToAgent, VERSION, close_beside,
 };
 use crate::fault::HASTE;
+use crate::launcher::program::Program;
+use crate::launcher::rate::Rate;
 use crate::sys::async_fd;
 use crate::telemetry::LOG_VARIABLE;
 
@@ -556,7 +556,7 @@ pub(super) const fn told() -> Rate {
 }
 
 /// An error with its causes, on one line.
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
@@ -569,7 +569,7 @@ mod tests {
     use rustix::net::{SendFlags, SocketFlags, send, socketpair};
 
     use super::*;
-    use crate::agent::control::AgentChannel;
+    use crate::control::AgentChannel;
 
     /// An agent that does nothing, and its end of the channel, at which the test speaks.
     fn agent() -> (Agent, AgentChannel) {

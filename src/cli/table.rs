@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
-use super::PodStatus;
+use crate::status::PodStatus;
 
 const HEADERS: [&str; 10] =
     ["NAME", "PROJECT", "STATE", "AGENT", "REPLACED", "SEALED", "OPENED", "DROPPED", "PEERS", "FLOWS"];
@@ -165,8 +165,8 @@ fn aligned(headers: &[&str], rows: Vec<Vec<String>>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::protected;
     use super::*;
+    use crate::status::tests::protected;
 
     fn words(text: &str) -> Vec<Vec<&str>> {
         text.lines().map(|line| line.split_whitespace().collect()).collect()

@@ -34,7 +34,6 @@ pub(super) use launcher::Session;
 use sources::{Source, Sources};
 
 use super::applier::{Applied, Applier, Checked, Done};
-use super::control::{ASKED_MAX, FromAgent};
 use super::dns::{Answer, Queries, Streams, listener};
 use super::guard::Asks;
 use super::neighbour::ArpResponder;
@@ -44,6 +43,7 @@ use super::state::StateFile;
 use super::tun::Tun;
 use super::udp::TunnelSocket;
 use super::watch::{TamperCounts, Tampering, Watch};
+use crate::control::{ASKED_MAX, FromAgent};
 use crate::proto::dns::{QueryId, StreamId};
 use crate::proto::{Captured, Engine, Now, Origin};
 

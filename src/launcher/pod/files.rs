@@ -21,10 +21,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use super::pod::holders::is_gone;
-use super::process;
-use crate::agent::control::{self, ChannelError, LauncherChannel};
+use super::agent;
+use super::holders::is_gone;
 use crate::agent::presence::remove_files;
+use crate::control::{self, ChannelError, LauncherChannel};
 
 /// Runtime files of the launcher.
 pub const RUN_DIR: &str = "/run/tencrypt";
@@ -184,7 +184,7 @@ pub fn sweep(dir: &Path) {
         let is_left = match control::connect(&path.with_extension("sock")) {
             Ok(None) => true,
             // It cannot see for itself that nobody is left but it.
-            Ok(Some(channel)) => process::end_orphan(&channel, owner.identity),
+            Ok(Some(channel)) => agent::end_orphan(&channel, owner.identity),
             Err(_) => false,
         };
         if is_left {

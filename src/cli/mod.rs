@@ -10,18 +10,23 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use ipnet::IpNet;
 
-use crate::agent::control::Inject;
-use crate::launcher::guard::Exemption;
+use crate::control::Inject;
+use crate::exit::Exit;
+use crate::launcher::pod::guard::Exemption;
 use crate::proto::ladder::Mode;
 use crate::proto::noise::Suite;
 use crate::proto::ranges::Ranges;
+
+mod status;
+mod table;
+
+pub use status::status;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
 pub const DEFAULT_PORT: u16 = 51_820;
@@ -35,49 +40,6 @@ const PLANNED_FLAGS: [&str; 1] = ["--config"];
 
 /// Values of flags that are planned: flag and value.
 const PLANNED_VALUES: [(&str, &str); 1] = [("--output", "wide")];
-
-/// How the process ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// Everything went as ordered.
-    Good,
-    /// A check failed, or what ran ended by itself.
-    Failed,
-    /// Usage or configuration.
-    Usage,
-    /// The kernel or a privilege refused.
-    Kernel,
-}
-
-impl Exit {
-    /// The number the shell sees.
-    #[must_use]
-    pub const fn code(self) -> u8 {
-        match self {
-            Self::Good => 0,
-            Self::Failed => 1,
-            Self::Usage => 2,
-            Self::Kernel => 3,
-        }
-    }
-
-    /// The exit that a module or an agent named by its number.
-    #[must_use]
-    pub const fn from_code(code: u8) -> Self {
-        match code {
-            0 => Self::Good,
-            2 => Self::Usage,
-            3 => Self::Kernel,
-            _ => Self::Failed,
-        }
-    }
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        exit.code().into()
-    }
-}
 
 /// Transparent, authenticated encryption of the traffic between a project's own pods.
 #[derive(Debug, Parser)]
@@ -574,13 +536,5 @@ mod tests {
         }
         let (_, text) = refused("tencrypt launch --help");
         assert!(!text.contains("rekey"), "{text}");
-    }
-
-    #[test]
-    fn exit_codes_are_the_documented_numbers() {
-        for (exit, code) in [(Exit::Good, 0), (Exit::Failed, 1), (Exit::Usage, 2), (Exit::Kernel, 3)] {
-            assert_eq!(exit.code(), code);
-            assert_eq!(Exit::from_code(code), exit);
-        }
     }
 }

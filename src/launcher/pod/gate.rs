@@ -15,23 +15,25 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
+use super::Plan;
+use super::agent::{Agent, Stop, end_stray_agents};
+use super::files::Runtime;
 use super::guard::{Door, OrderedStop, Skeleton};
-use super::plan::Plan;
-use super::pod::surroundings::Surroundings;
-use super::pod::{PodError, PodNetns, Target};
-use super::process::{Agent, Stop, end_stray_agents};
-use super::runtime::Runtime;
-use super::{Failure, Signals, clear, take_runtime};
+use super::netns::{PodNetns, Target};
+use super::surroundings::Surroundings;
+use super::teardown::{clear, take_runtime};
 use crate::cli;
+use crate::exit::Failure;
+use crate::launcher::signals::Signals;
 
 /// How often what is missing is looked for.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// A pod that says nothing until it is protected.
-pub(super) struct Closed {
+pub(in crate::launcher) struct Closed {
     netns: PodNetns,
-    pub(super) runtime: Runtime,
-    pub(super) door: Door,
+    pub(in crate::launcher) runtime: Runtime,
+    pub(in crate::launcher) door: Door,
 }
 
 impl Closed {
@@ -39,9 +41,9 @@ impl Closed {
     ///
     /// # Errors
     /// There is no such namespace, another launcher has it, or nft refused.
-    pub(super) fn close(arguments: &cli::Launch) -> Result<Self, Failure> {
-        let target: Target = arguments.netns.parse().map_err(Failure::coded(PodError::exit_code))?;
-        let netns = PodNetns::open(target).map_err(Failure::coded(PodError::exit_code))?;
+    pub(in crate::launcher) fn close(arguments: &cli::Launch) -> Result<Self, Failure> {
+        let target: Target = arguments.netns.parse()?;
+        let netns = PodNetns::open(target)?;
         let netns_fd = netns.as_fd().try_clone_to_owned().context("descriptor").map_err(Failure::kernel)?;
         let runtime = take_runtime(&netns)?;
         let mut door = Door::at(netns_fd).map_err(Failure::kernel)?;
@@ -66,7 +68,7 @@ impl Closed {
     ///
     /// # Errors
     /// Not everything could be removed.
-    pub(super) async fn wait(
+    pub(in crate::launcher) async fn wait(
         &mut self,
         arguments: &cli::Launch,
         signals: &mut Signals,
@@ -113,7 +115,7 @@ impl Closed {
 ///
 /// # Errors
 /// Not everything could be removed.
-pub(super) async fn clear_pod(
+pub(in crate::launcher) async fn clear_pod(
     netns: &PodNetns,
     runtime: &Runtime,
     door: &mut Door,

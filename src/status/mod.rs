@@ -32,7 +32,7 @@
 //! | `unclassified` | `drop` or `pass`: what `--unclassified` says about an address within the ranges that nothing vouches for; null without a launcher |
 //! | `allowLinkScope`, `allowDhcp` | whether the launcher was given these flags; null without a launcher |
 //! | `released` | addresses within the ranges that something vouches for and that the pod spoke to lately; null without an answer of the agent |
-//! | `guard` | packets counted by the guard's named counters, which [`COUNTERS`](crate::launcher::guard::COUNTERS) documents; null where they cannot be read |
+//! | `guard` | packets counted by the guard's named counters, which [`COUNTERS`](crate::launcher::pod::guard::COUNTERS) documents; null where they cannot be read |
 //! | `tampering` | foreign changes of what protects the pod, by kind |
 //! | `standing` | those that could not be undone |
 //! | `peers.total`, `.established` | peers of the directory, and those of them with a session |
@@ -60,22 +60,16 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::flows::{Flow, FlowStates, WouldDrop, WouldDrops};
-use crate::agent::control::{FlowReport, Report, Totals};
-use crate::launcher::guard;
+use crate::control::{FlowReport, Report, Totals};
+use crate::launcher::pod::guard;
 use crate::proto::ladder::{Mode, Standing};
 
-mod command;
-mod flows;
-mod server;
-mod table;
-
-pub use command::status;
-pub(super) use server::StatusServer;
+pub(crate) mod flows;
 
 /// Version of the document.
-const API_VERSION: &str = "tencrypt.io/v1alpha1";
+pub(crate) const API_VERSION: &str = "tencrypt.io/v1alpha1";
 /// Longest document that is read, in bytes: one with every peer, flow, record and counter is a half of it.
-const DOCUMENT_MAX: u64 = 4 << 20;
+pub(crate) const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// `degraded`: programs of the pod speak to endpoints of their resolver.
 const DNS_NOT_CAPTURED: &str = "dns not captured (socket LB)";
@@ -83,20 +77,20 @@ const DNS_NOT_CAPTURED: &str = "dns not captured (socket LB)";
 /// How the guard is, and what the launcher was told about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
-struct Rules {
-    state: &'static str,
-    has_ranges: bool,
-    drops_unclassified: bool,
-    allow_link_scope: bool,
-    allow_dhcp: bool,
+pub(crate) struct Rules {
+    pub(crate) state: &'static str,
+    pub(crate) has_ranges: bool,
+    pub(crate) drops_unclassified: bool,
+    pub(crate) allow_link_scope: bool,
+    pub(crate) allow_dhcp: bool,
 }
 
 /// A whole answer of an agent.
 #[derive(Clone, Debug, Default)]
-struct Answered {
-    report: Report,
+pub(crate) struct Answered {
+    pub(crate) report: Report,
     /// Of its table, and those that stay in clear.
-    flows: Vec<FlowReport>,
+    pub(crate) flows: Vec<FlowReport>,
 }
 
 /// Whether a pod is protected.
@@ -272,7 +266,7 @@ impl PodStatus {
     }
 
     /// Takes over what a ready agent said, and the guard's records, where there may be any and they could be read.
-    fn set_report(&mut self, answer: Answered, records: Option<&[guard::WouldDrop]>) {
+    pub(crate) fn set_report(&mut self, answer: Answered, records: Option<&[guard::WouldDrop]>) {
         let Answered { report, flows: reported } = answer;
         self.flow_states =
             Some(flows::flow_states(&reported, &report, records.unwrap_or_default(), &self.addresses));
@@ -327,7 +321,7 @@ impl PodStatus {
     }
 
     /// Takes over the guard's counters.
-    fn set_guard(&mut self, counters: BTreeMap<String, u64>) {
+    pub(crate) fn set_guard(&mut self, counters: BTreeMap<String, u64>) {
         if counters.get(guard::DNS_UNCAPTURED).is_some_and(|packets| *packets > 0) {
             self.degraded.push(DNS_NOT_CAPTURED.to_owned());
         }
@@ -335,7 +329,7 @@ impl PodStatus {
     }
 
     /// Takes over how the guard is, and what the launcher was told about it.
-    fn set_rules(&mut self, rules: &Rules) {
+    pub(crate) fn set_rules(&mut self, rules: &Rules) {
         self.guard_state = Some(rules.state.to_owned());
         self.judged_by = Some(if rules.has_ranges { "ranges" } else { "learned" }.to_owned());
         self.unclassified = Some(if rules.drops_unclassified { "drop" } else { "pass" }.to_owned());
@@ -344,7 +338,7 @@ impl PodStatus {
     }
 
     /// Takes over the guard's records, after the report, if there is one.
-    fn set_records(&mut self, records: &[guard::WouldDrop]) {
+    pub(crate) fn set_records(&mut self, records: &[guard::WouldDrop]) {
         let peers = self.peers.iter().flat_map(|peers| &peers.items);
         let peers = peers.filter_map(|peer| Some((peer.address, peer.standing?)));
         let vips = self.vips.iter().flat_map(|vips| &vips.items).map(|vip| (vip.address, vip.standing));
@@ -357,15 +351,15 @@ impl PodStatus {
     }
 
     /// The document, for people too.
-    fn to_json(&self) -> String {
+    pub(crate) fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("strings and numbers")
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::agent::control::{FlowState, PeerReport, Rung};
+    use crate::control::{FlowState, PeerReport, Rung};
     use crate::proto::nat::Tuple;
 
     const OWN: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 11));
@@ -379,13 +373,13 @@ mod tests {
         allow_dhcp: true,
     };
 
-    pub(super) fn answered() -> Answered {
+    pub(crate) fn answered() -> Answered {
         let tuple = Tuple { protocol: 6, local: (OWN, 4_000), remote: (PEER, 80) };
         let flow = FlowReport { tuple, peer: Some(PEER), state: FlowState::Protected, idle_s: Some(1) };
         Answered { report: report(), flows: vec![flow] }
     }
 
-    pub(super) fn record() -> guard::WouldDrop {
+    pub(crate) fn record() -> guard::WouldDrop {
         guard::WouldDrop {
             reason: guard::Reason::Egress,
             source: OWN,
@@ -397,7 +391,7 @@ mod tests {
         }
     }
 
-    pub(super) fn report() -> Report {
+    pub(crate) fn report() -> Report {
         Report {
             generation: Some(4),
             totals: Totals { sealed: 10, opened: 20, dns_forwarded: 3, unpinned: 2, ..Totals::default() },
@@ -419,7 +413,7 @@ mod tests {
         }
     }
 
-    pub(super) fn protected(name: &str) -> PodStatus {
+    pub(crate) fn protected(name: &str) -> PodStatus {
         let mut status = PodStatus {
             project: Some("shop".to_owned()),
             addresses: vec![OWN],

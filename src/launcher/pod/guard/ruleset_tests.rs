@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::launcher::guard::{Exemption, Facts, State};
+use crate::launcher::pod::guard::{Exemption, Facts, State};
 use crate::proto::directory::Protocol;
 
 const MODES: [Mode; 3] = [Mode::Strict, Mode::Permissive, Mode::Audit];
@@ -294,7 +294,7 @@ fn every_counter_is_used_is_a_drop_or_not_as_it_says_and_is_documented_here_and_
     let all = COUNTERS.iter().copied().chain(Reason::ALL.map(Reason::as_str));
     let all: BTreeSet<_> = all.map(str::to_owned).collect();
     assert_eq!(used, all);
-    let readme = include_str!("../../../README.md");
+    let readme = include_str!("../../../../README.md");
     let rows = |text: &str, start: &str| -> String {
         text.lines().filter(|line| line.starts_with(start)).collect::<Vec<_>>().join("\n")
     };

@@ -206,7 +206,7 @@ mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
-    use crate::agent::control::{FromAgent, MESSAGE_MAX, Message as _};
+    use crate::control::{FromAgent, MESSAGE_MAX, Message as _};
 
     #[test]
     fn the_longest_report_fits_one_message_and_a_longer_one_is_refused() {

@@ -10,7 +10,7 @@
 //! What the guard meets and the directory does not name the agent asks about; what was answered is corrected when it changes.
 //!
 //! A replaced agent has ended before its successor reads: no counter of a key is ever used twice. An agent that fails again
-//! and again is started with growing pauses; the pod stays closed meanwhile. May touch: what [`super::process`] may.
+//! and again is started with growing pauses; the pod stays closed meanwhile. May touch: what [`super::agent`] may.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -22,18 +22,18 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
+use super::Plan;
+use super::agent::{Adopted, Agent, AgentError, Ended, Event, Stop, end_stray_agents, told};
 use super::dns_helper::{self, DnsHelper};
+use super::files::Runtime;
 use super::guard::{self, Door, Loaded, Ready};
-use super::plan::Plan;
-use super::process::{Adopted, Agent, AgentError, Ended, Event, Stop, end_stray_agents, told};
-use super::program::Program;
-use super::rate::Rate;
-use super::runtime::Runtime;
-use super::status::StatusServer;
-use super::{Failure, Signals};
-use crate::agent::control::{ASKED_MAX, Carried, FromAgent, ToAgent};
-use crate::cli::Exit;
+use crate::control::{ASKED_MAX, Carried, FromAgent, ToAgent};
+use crate::exit::{Exit, Failure};
 use crate::fault::HASTE;
+use crate::launcher::program::Program;
+use crate::launcher::rate::Rate;
+use crate::launcher::serve::StatusServer;
+use crate::launcher::signals::{Order, Signals};
 use crate::proto::mtu::tun_mtu;
 use crate::proto::routing::Class;
 
@@ -65,7 +65,7 @@ const ANSWERED_MAX: usize = 8_192;
 const ANSWERS_MAX: usize = 4_096;
 
 /// Why supervision ended.
-pub(super) enum End {
+pub(in crate::launcher) enum End {
     /// By a signal that asks for everything to be removed.
     Ordered,
     /// By a signal that asks the launcher alone to go.
@@ -77,8 +77,8 @@ pub(super) enum End {
 }
 
 /// The agent of one pod and what it needs.
-pub(super) struct Supervisor<'a> {
-    pub(super) plan: &'a mut Plan,
+pub(in crate::launcher) struct Supervisor<'a> {
+    pub(in crate::launcher) plan: &'a mut Plan,
     runtime: &'a Runtime,
     log_filter: &'a str,
     helper: Option<DnsHelper>,
@@ -104,7 +104,7 @@ pub(super) struct Supervisor<'a> {
     loads: Rate,
     /// When the guard is loaded again; none: the agent does not miss it.
     load_at: Option<Instant>,
-    pub(super) door: Door,
+    pub(in crate::launcher) door: Door,
     /// The skeleton that the agent was told of and has not filled yet.
     filling: Option<u64>,
     /// The newest whole directory that the agent was told.
@@ -114,7 +114,12 @@ pub(super) struct Supervisor<'a> {
 }
 
 impl<'a> Supervisor<'a> {
-    pub(super) fn new(plan: &'a mut Plan, runtime: &'a Runtime, log_filter: &'a str, door: Door) -> Self {
+    pub(in crate::launcher) fn new(
+        plan: &'a mut Plan,
+        runtime: &'a Runtime,
+        log_filter: &'a str,
+        door: Door,
+    ) -> Self {
         Self {
             plan,
             runtime,
@@ -145,7 +150,7 @@ impl<'a> Supervisor<'a> {
     ///
     /// # Errors
     /// It could not be started, or did not become ready.
-    pub(super) async fn start(&mut self) -> Result<(), Failure> {
+    pub(in crate::launcher) async fn start(&mut self) -> Result<(), Failure> {
         // A first bring-up that died left the pod open. It is closed before anything that can take its time: a frozen agent is
         // waited for.
         if self.door.found_any() && !self.door.is_open() {
@@ -302,7 +307,7 @@ impl<'a> Supervisor<'a> {
     }
 
     /// Watches the agent and hands it what changes, until the end.
-    pub(super) async fn run(&mut self, signals: &mut Signals) -> End {
+    pub(in crate::launcher) async fn run(&mut self, signals: &mut Signals) -> End {
         self.status.open(self.runtime);
         let mut gone = interval(GONE_CHECK);
         let mut heartbeat = interval(HEARTBEAT);
@@ -315,9 +320,9 @@ impl<'a> Supervisor<'a> {
             tokio::select! {
                 biased;
                 signal = signals.next() => match signal {
-                    super::Order::Stop => return End::Ordered,
-                    super::Order::Leave => return End::Left,
-                    super::Order::Renew => {
+                    Order::Stop => return End::Ordered,
+                    Order::Leave => return End::Left,
+                    Order::Renew => {
                         self.renew();
                         if let Err(error) = self.upgrade().await {
                             warn!(error = format!("{error:#}"), "the agent could not be replaced in order");
@@ -359,10 +364,10 @@ impl<'a> Supervisor<'a> {
                         self.look_outside();
                     }
                 }
-                changed = self.plan.node.next(), if self.queue.is_empty() => match changed {
+                changed = self.plan.host.next(), if self.queue.is_empty() => match changed {
                     Ok(()) => self.look_outside(),
                     Err(error) => {
-                        warn!(error = super::process::describe(&error), "the addresses of this node cannot be followed");
+                        warn!(error = super::agent::describe(&error), "the addresses of this node cannot be followed");
                         tokio::time::sleep(PAUSE).await;
                     }
                 },
@@ -378,7 +383,7 @@ impl<'a> Supervisor<'a> {
             // Broken, whatever it is: not to be listened to any more.
             Err(error) => {
                 if self.may_tell() {
-                    warn!(error = super::process::describe(&error), "the agent is killed and replaced");
+                    warn!(error = super::agent::describe(&error), "the agent is killed and replaced");
                 }
                 self.replace().await.context("kill the agent")?;
             }
@@ -440,10 +445,7 @@ impl<'a> Supervisor<'a> {
         if let Err(error) = self.open(ready)
             && self.may_tell()
         {
-            warn!(
-                error = super::process::describe(&error),
-                "the guard cannot be opened: the pod stays closed"
-            );
+            warn!(error = super::agent::describe(&error), "the guard cannot be opened: the pod stays closed");
         }
     }
 
@@ -513,7 +515,7 @@ impl<'a> Supervisor<'a> {
             Ok(()) => self.tell_loaded(),
             // The agent asks again.
             Err(error) if self.may_tell() => {
-                warn!(error = super::process::describe(&error), "the guard cannot be loaded again");
+                warn!(error = super::agent::describe(&error), "the guard cannot be loaded again");
             }
             Err(_) => {}
         }
@@ -530,10 +532,7 @@ impl<'a> Supervisor<'a> {
         self.missed += 1;
         if let Err(error) = agent.send(&ToAgent::Ping, &[]) {
             // The sign stays missing; an agent that has ended is seen as that.
-            debug!(
-                error = super::process::describe(&error),
-                "the agent could not be asked for a sign of life"
-            );
+            debug!(error = super::agent::describe(&error), "the agent could not be asked for a sign of life");
         }
         Ok(())
     }
@@ -605,7 +604,7 @@ impl<'a> Supervisor<'a> {
     ///
     /// # Errors
     /// The successor did not become ready: the old one goes on.
-    pub(super) async fn upgrade(&mut self) -> anyhow::Result<()> {
+    pub(in crate::launcher) async fn upgrade(&mut self) -> anyhow::Result<()> {
         if self.agent.is_none() || self.ready_by.is_some() {
             bail!("there is no agent that could hand over");
         }
@@ -672,7 +671,7 @@ impl<'a> Supervisor<'a> {
     ///
     /// # Errors
     /// It could not be ended.
-    pub(super) async fn stop(&mut self) -> Result<Stop, AgentError> {
+    pub(in crate::launcher) async fn stop(&mut self) -> Result<Stop, AgentError> {
         self.spare.clear();
         match self.agent.take() {
             Some(agent) => agent.stop().await,
@@ -684,7 +683,7 @@ impl<'a> Supervisor<'a> {
     ///
     /// # Errors
     /// It could not be ended.
-    pub(super) async fn kill(&mut self) -> Result<(), AgentError> {
+    pub(in crate::launcher) async fn kill(&mut self) -> Result<(), AgentError> {
         match &mut self.agent {
             Some(agent) => agent.kill().await,
             None => Ok(()),

@@ -12,8 +12,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::agent::control::{FlowReport, FlowState, Report};
-use crate::launcher::guard::{Reason, WouldDrop as Record};
+use crate::control::{FlowReport, FlowState, Report};
+use crate::launcher::pod::guard::{Reason, WouldDrop as Record};
 use crate::proto::ladder::Standing;
 use crate::proto::nat::Tuple;
 
@@ -151,7 +151,7 @@ fn tuple(record: &Record, own: &[IpAddr]) -> Tuple {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launcher::guard::Reason;
+    use crate::launcher::pod::guard::Reason;
 
     const OWN: [IpAddr; 1] = [IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 1, 11))];
 

@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 
-use super::{API_VERSION, DOCUMENT_MAX, PodStatus, State, table};
+use super::table;
 use crate::agent::presence::leads_elsewhere;
 use crate::cli::{self, Exit, Output};
-use crate::launcher::Failure;
+use crate::exit::Failure;
+use crate::launcher::pod::files::{Owner, RUN_DIR, read_owner};
 use crate::launcher::pod::holders::is_held;
-use crate::launcher::pod::{PodError, Target};
-use crate::launcher::runtime::{Owner, RUN_DIR, read_owner};
+use crate::launcher::pod::netns::Target;
+use crate::status::{API_VERSION, DOCUMENT_MAX, PodStatus, State};
 
 /// A launcher answers within two seconds; one that replaces its agent in order may take longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -36,7 +37,7 @@ pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
         .with_context(|| format!("cannot read {RUN_DIR}: run as root"))
         .map_err(Failure::kernel)?;
     if let Some(name) = &arguments.name {
-        let target: Target = name.parse().map_err(Failure::coded(PodError::exit_code))?;
+        let target: Target = name.parse()?;
         let found = fs::metadata(target.path()).ok().map(|found| (found.dev(), found.ino()));
         pods.retain(|pod| Some(pod.owner.identity) == found);
         if pods.is_empty() {
@@ -186,8 +187,8 @@ fn table(answers: &[Answer], one: bool) -> String {
 mod tests {
     use std::os::unix::net::UnixListener;
 
-    use super::super::tests::protected;
     use super::*;
+    use crate::status::tests::protected;
 
     fn answers(statuses: Vec<PodStatus>) -> Vec<Answer> {
         statuses.into_iter().map(Answer::from).collect()

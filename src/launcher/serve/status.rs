@@ -18,13 +18,13 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use super::{AgentStatus, Answered, LauncherStatus, PodStatus, Rules};
-use crate::agent::control::{FlowReport, REPORTED_FLOWS_MAX, Report};
-use crate::launcher::guard;
-use crate::launcher::plan::Plan;
-use crate::launcher::process::{Ended, describe};
-use crate::launcher::runtime::Runtime;
+use crate::control::{FlowReport, REPORTED_FLOWS_MAX, Report};
+use crate::launcher::pod::Plan;
+use crate::launcher::pod::agent::{Ended, describe};
+use crate::launcher::pod::files::Runtime;
+use crate::launcher::pod::guard;
 use crate::proto::ladder::Mode;
+use crate::status::{AgentStatus, Answered, LauncherStatus, PodStatus, Rules};
 
 /// How long the agent, the guard and the one who asks may take, each.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -217,8 +217,8 @@ async fn write(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{State, tests::answered};
     use super::*;
+    use crate::status::{State, tests::answered};
 
     /// What the task writes, for a namespace whose guard nobody can read.
     async fn written(server: &StatusServer, report: Option<oneshot::Receiver<Answered>>) -> PodStatus {
