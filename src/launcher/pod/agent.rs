@@ -22,7 +22,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, fcntl_get_seals, fstat, makedev};
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
@@ -35,7 +35,7 @@ use crate::control::{
 use crate::fault::HASTE;
 use crate::launcher::program::Program;
 use crate::launcher::rate::Rate;
-use crate::sys::async_fd;
+use crate::sys::{async_fd, exec};
 use crate::telemetry::LOG_VARIABLE;
 
 /// How often a send is tried again while the agent's queue is full: the agent reads within one turn of its loop.
@@ -148,17 +148,15 @@ impl Agent {
         (listener, channel): (OwnedFd, LauncherChannel),
         log_filter: &str,
     ) -> Result<Self, AgentError> {
-        let netns = netns.try_clone_to_owned().map_err(AgentError::Spawn)?;
-        // These alone survive exec, and are closed here as soon as the agent has them: no other program is started in
-        // between, for the launcher starts programs from one thread only.
-        for descriptor in [&netns, &listener] {
-            fcntl_setfd(descriptor, FdFlags::empty()).map_err(|e| AgentError::Spawn(e.into()))?;
-        }
+        let start = |program: &Program| {
+            let (netns, listener) = (netns.try_clone_to_owned()?, listener.try_clone()?);
+            command(program, netns, listener, log_filter).spawn()
+        };
         let readable = readiness(&channel)?;
-        let child = match command(program, &netns, &listener, log_filter).spawn() {
+        let child = match start(program) {
             Err(error) if !program.is_own() => {
                 warn!(%error, "the program at the launcher's path cannot be started: the agent runs the launcher's own file");
-                command(&Program::own(), &netns, &listener, log_filter).spawn()
+                start(&Program::own())
             }
             started => started,
         };
@@ -360,7 +358,7 @@ impl Agent {
 }
 
 /// What starts an agent that inherits two descriptors.
-fn command(program: &Program, netns: &OwnedFd, listener: &OwnedFd, log_filter: &str) -> Command {
+fn command(program: &Program, netns: OwnedFd, listener: OwnedFd, log_filter: &str) -> Command {
     let mut command = Command::new(program.path());
     command
         .arg0("tencrypt")
@@ -372,6 +370,7 @@ fn command(program: &Program, netns: &OwnedFd, listener: &OwnedFd, log_filter: &
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::inherit());
+    exec::inherit(&mut command, vec![netns, listener]);
     #[cfg(feature = "fault-injection")]
     if let Some(faults) = std::env::var_os(FAULT_VARIABLE) {
         command.env(FAULT_VARIABLE, faults);
