@@ -188,7 +188,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::status::tests::protected;
+    use crate::launcher::serve::collect::tests::protected;
 
     fn answers(statuses: Vec<PodStatus>) -> Vec<Answer> {
         statuses.into_iter().map(Answer::from).collect()
