@@ -235,6 +235,9 @@ pub struct Status {
     /// Table, or the documents of the pods' launchers.
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Output::Table)]
     pub output: Output,
+    /// Print the JSON schema of the documents, which describes each field, and ask no launcher.
+    #[arg(long, conflicts_with_all = ["name", "output"])]
+    pub schema: bool,
 }
 
 /// `--output`.
@@ -486,6 +489,9 @@ mod tests {
         let (exit, text) = refused("tencrypt status -o yaml");
         assert_eq!(exit, Exit::Usage);
         assert!(text.contains("json") && !text.contains("not there yet"), "{text}");
+        for line in ["tencrypt status pod --schema", "tencrypt status --schema -o table"] {
+            assert_eq!(refused(line).0, Exit::Usage, "{line}");
+        }
     }
 
     #[test]

@@ -23,16 +23,20 @@ use crate::exit::Failure;
 use crate::launcher::pod::files::{Owner, RUN_DIR, read_owner};
 use crate::launcher::pod::holders::is_held;
 use crate::launcher::pod::netns::Target;
-use crate::status::{API_VERSION, DOCUMENT_MAX, PodStatus, State};
+use crate::status::{API_VERSION, DOCUMENT_MAX, PodStatus, State, schema};
 
 /// A launcher answers within two seconds; one that replaces its agent in order may take longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Prints how one pod is, or every pod.
+/// Prints how one pod is, or every pod; or the schema of what it prints as JSON.
 ///
 /// # Errors
 /// Nothing protects the one that was named; the runtime files cannot be read; standard output is closed.
 pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
+    if arguments.schema {
+        print(&(schema() + "\n"))?;
+        return Ok(Exit::Good);
+    }
     let mut pods = pods(Path::new(RUN_DIR))
         .with_context(|| format!("cannot read {RUN_DIR}: run as root"))
         .map_err(Failure::kernel)?;
@@ -49,10 +53,14 @@ pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
         Output::Table => table(&answers, arguments.name.is_some()),
         Output::Json => json(&answers, arguments.name.is_some()),
     };
+    print(&text)?;
+    Ok(exit(&answers))
+}
+
+fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout();
     let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    printed.context("cannot print the status").map_err(Failure::failed)?;
-    Ok(exit(&answers))
+    printed.context("cannot print the status").map_err(Failure::failed)
 }
 
 /// A pod that has a launcher or an agent, or had.

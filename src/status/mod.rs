@@ -9,6 +9,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{FlowState, Totals};
@@ -20,7 +22,7 @@ pub(crate) const API_VERSION: &str = "tencrypt.io/v1alpha1";
 pub(crate) const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// Whether a pod is protected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// An agent is ready and the guard is open.
@@ -45,7 +47,7 @@ impl State {
 }
 
 /// How a pod is. Counters live as long as the pod is protected, whichever agent serves it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
     /// `tencrypt.io/v1alpha1`.
@@ -119,8 +121,37 @@ pub struct PodStatus {
     pub would_drop: Option<WouldDrops>,
 }
 
+/// How several pods are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodStatusList {
+    /// `tencrypt.io/v1alpha1`.
+    pub api_version: String,
+    /// `PodStatusList`.
+    pub kind: String,
+    /// The pods, by name.
+    pub items: Vec<PodStatus>,
+}
+
+/// What `tencrypt status --output json` prints: one document for a name, a list otherwise.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "the schema is made from it")]
+enum Printed {
+    One(Box<PodStatus>),
+    List(PodStatusList),
+}
+
+/// The JSON schema of the documents that `tencrypt status` prints.
+#[must_use]
+pub fn schema() -> String {
+    let schema =
+        SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<Printed>();
+    serde_json::to_string_pretty(&schema).expect("strings and numbers")
+}
+
 /// The launcher.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LauncherStatus {
     /// The launcher's process.
@@ -128,7 +159,7 @@ pub struct LauncherStatus {
 }
 
 /// The agent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AgentStatus {
     /// The agent's process.
@@ -140,7 +171,7 @@ pub struct AgentStatus {
 }
 
 /// What became of packets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Counters {
     /// What came in, and what became of it.
@@ -152,7 +183,7 @@ pub struct Counters {
 }
 
 /// The peers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Peers {
     /// Peers of the directory.
@@ -164,7 +195,7 @@ pub struct Peers {
 }
 
 /// One peer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Peer {
     /// Its address.
@@ -184,7 +215,7 @@ pub struct Peer {
 }
 
 /// The VIPs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Vips {
     /// VIPs of the directory.
@@ -194,7 +225,7 @@ pub struct Vips {
 }
 
 /// One VIP.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VipStatus {
     /// Its address.
@@ -204,7 +235,7 @@ pub struct VipStatus {
 }
 
 /// What becomes of flows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowStates {
     /// Flows that are not named.
@@ -214,7 +245,7 @@ pub struct FlowStates {
 }
 
 /// One flow, as the pod sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Flow {
     /// What becomes of its packets.
@@ -237,7 +268,7 @@ pub struct Flow {
 
 /// What strict mode would drop, of the last ten minutes. What passes between the pod and an `able` peer that is not
 /// `captured` is not listed, though it is in clear: strict mode would seal it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WouldDrops {
     /// Records that are not named.
@@ -247,7 +278,7 @@ pub struct WouldDrops {
 }
 
 /// One direction of a flow that strict mode would drop.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WouldDrop {
     /// The counter that strict mode would count it with.

@@ -204,6 +204,8 @@ fn tuple(record: &Record, own: &[IpAddr]) -> Tuple {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use serde_json::Value;
+
     use super::*;
     use crate::control::{PeerReport, Rung, Totals};
     use crate::status::{AgentStatus, LauncherStatus};
@@ -284,7 +286,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_document_has_the_documented_fields() {
-        let json: serde_json::Value = serde_json::from_str(&protected("pod").to_json()).unwrap();
+        let json: Value = serde_json::from_str(&protected("pod").to_json()).unwrap();
         assert_eq!(json["apiVersion"], "tencrypt.io/v1alpha1");
         assert_eq!(json["kind"], "PodStatus");
         assert_eq!(json["state"], "protected");
@@ -306,6 +308,35 @@ pub(crate) mod tests {
         assert_eq!(json["flowStates"]["leftOut"], 5);
         let would = &json["wouldDrop"]["items"][0];
         assert_eq!((&would["reason"], &would["standing"]), (&"outbound_egress".into(), &"able".into()));
+    }
+
+    #[test]
+    fn the_schema_names_every_field_of_a_document_and_describes_it() {
+        let root: Value = serde_json::from_str(&crate::status::schema()).unwrap();
+        let one = serde_json::to_value(protected("pod")).unwrap();
+        let list = serde_json::json!({ "apiVersion": "", "kind": "PodStatusList", "items": [one] });
+        assert_named(&root, &root["$defs"]["PodStatus"], &one);
+        assert_named(&root, &root["$defs"]["PodStatusList"], &list);
+        let shapes: Vec<_> = root["$defs"].as_object().unwrap().values().collect();
+        let fields = shapes.iter().filter_map(|shape| shape["properties"].as_object()).flatten();
+        assert!(fields.clone().count() > 70);
+        for (field, told) in fields {
+            assert!(told["description"].as_str().is_some_and(|text| text.ends_with('.')), "{field}: {told}");
+        }
+    }
+
+    /// Each key of `value`, and of what is in it, is one that `schema` names.
+    fn assert_named(root: &Value, schema: &Value, value: &Value) {
+        let shape = schema["anyOf"].as_array().map_or(schema, |one_of| &one_of[0]);
+        let name = shape["$ref"].as_str().and_then(|path| path.strip_prefix("#/$defs/"));
+        let shape = name.map_or(shape, |name| &root["$defs"][name]);
+        for (key, value) in value.as_object().into_iter().flatten() {
+            let named = shape["properties"].get(key).or(shape.get("additionalProperties"));
+            assert_named(root, named.unwrap_or_else(|| panic!("{key}: {shape}")), value);
+        }
+        for item in value.as_array().into_iter().flatten() {
+            assert_named(root, &shape["items"], item);
+        }
     }
 
     #[test]
