@@ -4,7 +4,9 @@
 //! 2. a name that is planned but not built is refused as such, before anything is done
 //! 3. an unknown name is refused with the nearest known one
 //!
-//! Exit codes are [`Exit`]. May touch: nothing; the caller prints.
+//! The sub-commands that start nothing are here too: [`status()`] and [`keygen()`].
+//!
+//! Exit codes are [`Exit`]. Parsing touches nothing; the caller prints what it refuses.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,9 +25,12 @@ use crate::proto::ladder::Mode;
 use crate::proto::noise::Suite;
 use crate::proto::ranges::Ranges;
 
+mod ask;
+mod keygen;
 mod status;
 mod table;
 
+pub use keygen::keygen;
 pub use status::status;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
