@@ -29,8 +29,8 @@ pub enum State {
     Protected,
     /// An agent is ready and the guard is open, but something of `standing` is in the agent's way.
     Unprotected,
-    /// No ready agent answers, or the guard is not open, so that nothing of the project passes. If no launcher answers, the
-    /// pod is shown as closed because its state is unknown.
+    /// No ready agent answers, or the guard is not open, so that nothing of the project passes. If no launcher answers,
+    /// the pod is shown as closed because its state is unknown.
     Closed,
 }
 
@@ -67,9 +67,9 @@ pub struct PodStatus {
     /// Why the state is not `protected`; else absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What is missing although the pod is protected. `dns not captured (socket LB)`: the pod's programs ask endpoints of
-    /// their resolver, past the agent, because a load balancer at socket level rewrites the resolver's address; names are
-    /// then protected as far as the directory knows their addresses.
+    /// What is missing although the pod is protected. `dns not captured (socket LB)`: the pod's programs ask endpoints
+    /// of their resolver, past the agent, because a load balancer at socket level rewrites the resolver's address;
+    /// names are then protected as far as the directory knows their addresses.
     #[serde(default)]
     pub degraded: Vec<String>,
     /// The launcher; null where none answers.
@@ -84,9 +84,9 @@ pub struct PodStatus {
     /// protected for the first time, everything passes but what is protected so far; null without a launcher.
     #[serde(default)]
     pub guard_state: Option<String>,
-    /// `ranges`: an address within the cluster's ranges passes only if something vouches for it; `learned`: without ranges,
-    /// or with `--unclassified pass`, an address that neither the directory nor DNS named passes; null without a launcher.
-    /// It counts in strict mode.
+    /// `ranges`: an address within the cluster's ranges passes only if something vouches for it; `learned`: without
+    /// ranges, or with `--unclassified pass`, an address that neither the directory nor DNS named passes; null without
+    /// a launcher. It counts in strict mode.
     #[serde(default)]
     pub judged_by: Option<String>,
     /// `drop` or `pass`: what `--unclassified` says about an address within the ranges that nothing vouches for; null
@@ -99,8 +99,8 @@ pub struct PodStatus {
     /// Whether the launcher was given `--allow-dhcp`; null without a launcher.
     #[serde(default)]
     pub allow_dhcp: Option<bool>,
-    /// Addresses within the ranges that something vouches for and that the pod spoke to lately; null without an answer of the
-    /// agent.
+    /// Addresses within the ranges that something vouches for and that the pod spoke to lately; null without an answer
+    /// of the agent.
     #[serde(default)]
     pub released: Option<u64>,
     /// Packets counted by the guard's named counters; null where they cannot be read.
@@ -205,8 +205,8 @@ pub struct Peer {
     /// How it stands on the ladder (`able`, `unable` or `probing`); absent in strict mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standing: Option<Standing>,
-    /// Whether its address is captured: an able peer is not while it stands behind a VIP that is passed. Absent in strict
-    /// mode.
+    /// Whether its address is captured: an able peer is not while it stands behind a VIP that is passed. Absent in
+    /// strict mode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub captured: Option<bool>,
     /// For how long it has been able, or has not been; absent in strict mode.
