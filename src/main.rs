@@ -55,13 +55,7 @@ fn run(cli: &Cli) -> Result<Exit, Failure> {
     let filter = telemetry::filter(cli.verbose);
     telemetry::start(&filter).map_err(Failure::usage)?;
     match &cli.command {
-        Command::Keygen => {
-            let key = launcher::keys::keygen()?;
-            writeln!(io::stdout(), "{}", key.as_str())
-                .context("cannot print the key")
-                .map_err(Failure::kernel)?;
-            Ok(Exit::Good)
-        }
+        Command::Keygen => cli::keygen(),
         Command::Status(arguments) => cli::status(arguments),
         Command::Launch(arguments) => {
             hide_memory().map_err(Failure::kernel)?;

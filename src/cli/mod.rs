@@ -4,7 +4,9 @@
 //! 2. a name that is planned but not built is refused as such, before anything is done
 //! 3. an unknown name is refused with the nearest known one
 //!
-//! Exit codes are [`Exit`]. May touch: nothing; the caller prints.
+//! The sub-commands that start nothing are here too: [`status()`] and [`keygen()`].
+//!
+//! Exit codes are [`Exit`]. Parsing touches nothing; the caller prints what it refuses.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,9 +25,12 @@ use crate::proto::ladder::Mode;
 use crate::proto::noise::Suite;
 use crate::proto::ranges::Ranges;
 
+mod ask;
+mod keygen;
 mod status;
 mod table;
 
+pub use keygen::keygen;
 pub use status::status;
 
 /// UDP port of the tunnel unless the key domain uses another: WireGuard's customary one.
@@ -235,6 +240,9 @@ pub struct Status {
     /// Table, or the documents of the pods' launchers.
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Output::Table)]
     pub output: Output,
+    /// Print the JSON schema of the documents, which describes each field, and ask no launcher.
+    #[arg(long, conflicts_with_all = ["name", "output"])]
+    pub schema: bool,
 }
 
 /// `--output`.
@@ -486,6 +494,9 @@ mod tests {
         let (exit, text) = refused("tencrypt status -o yaml");
         assert_eq!(exit, Exit::Usage);
         assert!(text.contains("json") && !text.contains("not there yet"), "{text}");
+        for line in ["tencrypt status pod --schema", "tencrypt status --schema -o table"] {
+            assert_eq!(refused(line).0, Exit::Usage, "{line}");
+        }
     }
 
     #[test]

@@ -1,38 +1,34 @@
-//! The command: which pods there are, what their launchers say, and the exit code.
+//! `tencrypt status`: what is asked for, what is printed, and the exit code.
 //!
-//! 1. every `COOKIE.lock` under `/run/tencrypt` is a pod; files of a namespace that is gone count for nothing
-//! 2. the launcher at `COOKIE.status` is asked; where none answers, the pod is shown as closed
-//! 3. the documents are printed as they came, or a table of them; for one pod with its peers, flows and records
+//! The documents are printed as they came, or a table of them; for one pod with its peers, flows and records.
 //!
-//! Exit code 0 if every pod is protected, 1 if one is not, 2 for a name that nothing protects. May touch: the runtime files,
-//! read-only.
+//! Exit code 0 if every pod is protected, 1 if one is not, 2 for a name that nothing protects.
+//! May touch: what [`super::ask`] may.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 use anyhow::{Context, anyhow};
 
+use super::ask::{Answer, pods};
 use super::table;
-use crate::agent::presence::leads_elsewhere;
 use crate::cli::{self, Exit, Output};
 use crate::exit::Failure;
-use crate::launcher::pod::files::{Owner, RUN_DIR, read_owner};
-use crate::launcher::pod::holders::is_held;
+use crate::launcher::pod::files::RUN_DIR;
 use crate::launcher::pod::netns::Target;
-use crate::status::{API_VERSION, DOCUMENT_MAX, PodStatus, State};
+use crate::status::{API_VERSION, State, schema};
 
-/// A launcher answers within two seconds; one that replaces its agent in order may take longer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-
-/// Prints how one pod is, or every pod.
+/// Prints how one pod is, or every pod; or the schema of what it prints as JSON.
 ///
 /// # Errors
 /// Nothing protects the one that was named; the runtime files cannot be read; standard output is closed.
 pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
+    if arguments.schema {
+        print(&(schema() + "\n"))?;
+        return Ok(Exit::Good);
+    }
     let mut pods = pods(Path::new(RUN_DIR))
         .with_context(|| format!("cannot read {RUN_DIR}: run as root"))
         .map_err(Failure::kernel)?;
@@ -49,111 +45,14 @@ pub fn status(arguments: &cli::Status) -> Result<Exit, Failure> {
         Output::Table => table(&answers, arguments.name.is_some()),
         Output::Json => json(&answers, arguments.name.is_some()),
     };
-    let mut stdout = io::stdout();
-    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    printed.context("cannot print the status").map_err(Failure::failed)?;
+    print(&text)?;
     Ok(exit(&answers))
 }
 
-/// A pod that has a launcher or an agent, or had.
-#[derive(Debug)]
-struct Pod {
-    owner: Owner,
-    /// The runtime files, up to their endings.
-    stem: PathBuf,
-}
-
-/// The pods with runtime files in `dir`, by name.
-fn pods(dir: &Path) -> io::Result<Vec<Pod>> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        // Nothing was launched since the last boot.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut pods = Vec::new();
-    for path in entries.flatten().map(|entry| entry.path()) {
-        if path.extension().is_none_or(|ending| ending != "lock") {
-            continue;
-        }
-        let owner = match File::open(&path) {
-            Ok(file) => read_owner(&file),
-            // Removed in between.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        // A file that says nothing is being made; one of a namespace that is gone is swept by the next launcher.
-        if let Some(owner) = owner.filter(is_there) {
-            pods.push(Pod { owner, stem: path.with_extension("") });
-        }
-    }
-    pods.sort_by(|a, b| a.owner.path.cmp(&b.owner.path));
-    Ok(pods)
-}
-
-/// Whether the namespace is there, as far as this user can see.
-fn is_there(owner: &Owner) -> bool {
-    !leads_elsewhere(&owner.path, owner.identity) || is_held(owner.identity).unwrap_or(false)
-}
-
-impl Pod {
-    /// As the operator would name it.
-    fn name(&self) -> String {
-        let path = self.owner.path.display().to_string();
-        let pid = path.strip_prefix("/proc/").and_then(|rest| rest.strip_suffix("/ns/net"));
-        match pid.filter(|pid| pid.parse::<u32>().is_ok()) {
-            Some(pid) => format!("pid:{pid}"),
-            None => path.parse::<Target>().map_or(path, |target| target.to_string()),
-        }
-    }
-}
-
-/// What is known of a pod: the document, and its text as it came.
-#[derive(Debug)]
-struct Answer {
-    status: PodStatus,
-    text: String,
-}
-
-impl Answer {
-    fn of(pod: &Pod) -> Self {
-        let reason = match ask(&pod.stem.with_extension("status")) {
-            Ok(Some(text)) => match serde_json::from_str(&text) {
-                Ok(status) => return Self { status, text: text.trim_end().to_owned() },
-                Err(_) => "the launcher's answer is no status",
-            },
-            Ok(None) => "no launcher",
-            Err(_) => "the launcher does not answer",
-        };
-        Self::from(PodStatus::closed(pod.name(), reason))
-    }
-}
-
-impl From<PodStatus> for Answer {
-    fn from(status: PodStatus) -> Self {
-        let text = status.to_json();
-        Self { status, text }
-    }
-}
-
-/// Asks the launcher that listens at `path`; `None`: there is none.
-fn ask(path: &Path) -> io::Result<Option<String>> {
-    let stream = match UnixStream::connect(path) {
-        Ok(stream) => stream,
-        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
-            return Ok(None);
-        }
-        Err(error) => return Err(error),
-    };
-    stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-    let mut text = String::new();
-    match stream.take(DOCUMENT_MAX).read_to_string(&mut text) {
-        // Closed before it said anything: it has just ended.
-        Ok(0) => Ok(None),
-        Ok(_) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
-        Err(error) => Err(error),
-    }
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout();
+    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    printed.context("cannot print the status").map_err(Failure::failed)
 }
 
 fn exit(answers: &[Answer]) -> Exit {
@@ -185,10 +84,9 @@ fn table(answers: &[Answer], one: bool) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
-
     use super::*;
-    use crate::status::tests::protected;
+    use crate::launcher::serve::collect::tests::protected;
+    use crate::status::PodStatus;
 
     fn answers(statuses: Vec<PodStatus>) -> Vec<Answer> {
         statuses.into_iter().map(Answer::from).collect()
@@ -222,60 +120,5 @@ mod tests {
             let items: Vec<PodStatus> = serde_json::from_value(list["items"].clone()).unwrap();
             assert_eq!(items, answers.iter().map(|answer| answer.status.clone()).collect::<Vec<_>>());
         }
-    }
-
-    #[test]
-    fn pods_are_found_by_their_locks_and_those_that_are_gone_are_not() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(pods(&dir.path().join("none")).unwrap().is_empty());
-        let found = fs::metadata("/proc/self/ns/net").unwrap();
-        let lock = |cookie: &str, inode: u64, path: &str| {
-            let text = format!("{} {inode} {path}\n", found.dev());
-            fs::write(dir.path().join(cookie).with_extension("lock"), text).unwrap();
-        };
-        lock("01", found.ino(), "/proc/self/ns/net");
-        lock("02", 1, "/proc/self/ns/net");
-        fs::write(dir.path().join("03.lock"), "").unwrap();
-        fs::write(dir.path().join("04.state"), "").unwrap();
-        let pods = pods(dir.path()).unwrap();
-        assert_eq!(pods.len(), 1, "{pods:?}");
-        assert_eq!(pods[0].stem, dir.path().join("01"));
-    }
-
-    #[test]
-    fn a_pod_is_named_as_its_operator_named_it() {
-        for (path, name) in
-            [("/run/netns/web", "web"), ("/proc/77/ns/net", "pid:77"), ("/some/where", "/some/where")]
-        {
-            let pod = Pod { owner: Owner { identity: (0, 0), path: path.into() }, stem: PathBuf::new() };
-            assert_eq!(pod.name(), name);
-        }
-    }
-
-    #[test]
-    fn where_no_launcher_answers_the_pod_is_closed() {
-        let dir = tempfile::tempdir().unwrap();
-        let owner = Owner { identity: (0, 0), path: "/run/netns/web".into() };
-        let pod = Pod { owner, stem: dir.path().join("01") };
-        let reason = |pod: &Pod| {
-            let status = Answer::of(pod).status;
-            assert_eq!((status.state, status.name.as_str()), (State::Closed, "web"));
-            status.reason.unwrap()
-        };
-        assert_eq!(reason(&pod), "no launcher");
-        let listener = UnixListener::bind(dir.path().join("01.status")).unwrap();
-        for (said, wanted) in [("", "no launcher"), ("nonsense", "the launcher's answer is no status")] {
-            std::thread::scope(|scope| {
-                scope.spawn(|| listener.accept().unwrap().0.write_all(said.as_bytes()).unwrap());
-                assert_eq!(reason(&pod), wanted);
-            });
-        }
-        let text = protected("web").to_json();
-        std::thread::scope(|scope| {
-            scope.spawn(|| listener.accept().unwrap().0.write_all(text.as_bytes()).unwrap());
-            assert_eq!(Answer::of(&pod).status, protected("web"));
-        });
-        drop(listener);
-        assert_eq!(reason(&pod), "no launcher");
     }
 }

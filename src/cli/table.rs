@@ -166,7 +166,7 @@ fn aligned(headers: &[&str], rows: Vec<Vec<String>>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::tests::protected;
+    use crate::launcher::serve::collect::tests::protected;
 
     fn words(text: &str) -> Vec<Vec<&str>> {
         text.lines().map(|line| line.split_whitespace().collect()).collect()

@@ -62,28 +62,46 @@ pub struct Report {
     pub standing: Vec<String>,
 }
 
-/// The sums of [`crate::proto::account`], whose words these are: what came in equals what became of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What came in, and what became of it: every packet is in exactly one place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-#[expect(missing_docs, reason = "the words are those of the accounting, which documents them")]
 pub struct Totals {
+    /// Packets of the pod: each is one of `sealed`, `hairpinned`, `dnsForwarded`, `dnsSegments`, `outboundDropped` and
+    /// `outboundWaiting`.
     pub captured: u64,
+    /// Packets sealed for a peer.
     pub sealed: u64,
+    /// Packets handed back to the pod, which reached itself through a VIP.
     pub hairpinned: u64,
+    /// DNS queries over UDP, forwarded.
     pub dns_forwarded: u64,
+    /// Segments of DNS over TCP.
     pub dns_segments: u64,
+    /// Packets of the pod that were dropped.
     pub outbound_dropped: u64,
+    /// Packets of the pod that wait.
     pub outbound_waiting: u64,
+    /// Datagrams from the network: each is one of `control`, `opened`, `inboundDropped` and `inboundWaiting`.
     pub received: u64,
+    /// Handshakes and keepalives.
     pub control: u64,
+    /// Packets opened for the pod.
     pub opened: u64,
+    /// Datagrams from the network that were dropped.
     pub inbound_dropped: u64,
+    /// Datagrams from the network that wait.
     pub inbound_waiting: u64,
+    /// What resolvers and the agent say to the pod: each is one of `answered`, `answersDropped` and `answersWaiting`.
     pub answers: u64,
+    /// Answers handed to the pod.
     pub answered: u64,
+    /// Answers that were dropped.
     pub answers_dropped: u64,
+    /// Answers that wait.
     pub answers_waiting: u64,
+    /// TCP connections to resolvers.
     pub dns_connections: u64,
+    /// Flows that did not keep their path when their address was captured or passed.
     pub unpinned: u64,
 }
 
@@ -148,7 +166,9 @@ pub struct FlowReport {
 }
 
 /// What becomes of a flow's packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum FlowState {
     /// Sealed and opened.

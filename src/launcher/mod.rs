@@ -22,7 +22,7 @@ pub mod pod;
 pub mod privileges;
 mod program;
 mod rate;
-mod serve;
+pub(crate) mod serve;
 mod signals;
 
 pub use launch::{clear_by_order, launch};

@@ -34,7 +34,7 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(60);
 const PACE: Duration = Duration::from_millis(5);
 
 /// How strictly the project's traffic is kept to the tunnel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Everything of the project is sealed or dropped.
@@ -56,7 +56,7 @@ pub enum Probe {
 }
 
 /// How a peer or a VIP stands, for status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Standing {
     /// A peer that completed a handshake: captured.

@@ -18,13 +18,14 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
+use super::collect::{Answered, Rules};
 use crate::control::{FlowReport, REPORTED_FLOWS_MAX, Report};
 use crate::launcher::pod::Plan;
 use crate::launcher::pod::agent::{Ended, describe};
 use crate::launcher::pod::files::Runtime;
 use crate::launcher::pod::guard;
 use crate::proto::ladder::Mode;
-use crate::status::{AgentStatus, Answered, LauncherStatus, PodStatus, Rules};
+use crate::status::{AgentStatus, LauncherStatus, PodStatus};
 
 /// How long the agent, the guard and the one who asks may take, each.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -218,7 +219,8 @@ async fn write(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::{State, tests::answered};
+    use crate::launcher::serve::collect::tests::answered;
+    use crate::status::State;
 
     /// What the task writes, for a namespace whose guard nobody can read.
     async fn written(server: &StatusServer, report: Option<oneshot::Receiver<Answered>>) -> PodStatus {
