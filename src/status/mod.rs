@@ -135,6 +135,7 @@ pub struct PodStatusList {
 
 /// What `tencrypt status --output json` prints: one document for a name, a list otherwise.
 #[derive(JsonSchema)]
+#[schemars(title = "tencrypt status --output json")]
 #[serde(untagged)]
 #[expect(dead_code, reason = "the schema is made from it")]
 enum Printed {

@@ -117,7 +117,9 @@ fn stop_under_traffic(
     });
     // A frame to the pod is counted by the detector a moment before the packet socket gets it.
     let counted = lab.leaks().count(|at, _, _, _| at == pod);
-    await_that("the detector counts more frames in clear than were captured", || read().len() as u64 >= counted);
+    await_that("the detector counts more frames in clear than were captured", || {
+        read().len() as u64 >= counted
+    });
     (deletion, read())
 }
 
